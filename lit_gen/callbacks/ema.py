@@ -1,0 +1,79 @@
+"""Exponential moving average of the trainable weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+
+class EMA(L.Callback):
+    """Averages the trainable parameters after every optimizer step; validation and export see the average.
+
+    Lightning's own `EMAWeightAveraging` copies the frozen base too and loses the average under DeepSpeed; this one
+    keeps a shadow of the trainable parameters only and stores it in the checkpoint under "ema".
+
+    Args:
+        decay: weight of the past in each update.
+        warmup: ramp the decay up as (1 + step) / (10 + step), so that the average forgets the initial weights.
+    """
+
+    def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
+        self.decay, self.warmup = decay, warmup
+        self.shadow: dict[str, Tensor] = {}
+        self._raw: dict[str, Tensor] | None = None
+        self._step = -1
+
+    @staticmethod
+    def _trainable(module: L.LightningModule) -> dict[str, Tensor]:
+        return {n: p.data for n, p in module.named_parameters() if p.requires_grad}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        weights = self._trainable(pl_module)
+        # After a resume the shadow was loaded on the CPU; bring it to where the weights are.
+        self.shadow = {n: self.shadow.get(n, w).detach().to(w.device, copy=True) for n, w in weights.items()}
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._step:  # still accumulating gradients
+            return
+        self._step = trainer.global_step
+        decay = min(self.decay, (1 + self._step) / (10 + self._step)) if self.warmup else self.decay
+        weights = self._trainable(pl_module)
+        torch._foreach_lerp_([self.shadow[n] for n in weights], list(weights.values()), 1 - decay)
+
+    def _swap_in(self, module: L.LightningModule) -> None:
+        if self.shadow and self._raw is None:
+            weights = self._trainable(module)
+            self._raw = {n: w.clone() for n, w in weights.items()}
+            for name, weight in weights.items():
+                weight.copy_(self.shadow[name])
+
+    def _swap_out(self, module: L.LightningModule) -> None:
+        if self._raw is not None:
+            for name, weight in self._trainable(module).items():
+                weight.copy_(self._raw[name])
+            self._raw = None
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._swap_in(pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._swap_out(pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for name, weight in self._trainable(pl_module).items():  # training is over: the average is the result
+            weight.copy_(self.shadow[name])
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._swap_out(pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._raw is not None:  # saving during validation: the module holds the average, the file must hold both
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], **self._raw}
+        checkpoint["ema"] = self.shadow
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.shadow = dict(checkpoint.get("ema", {}))

@@ -1,0 +1,150 @@
+"""What a run leaves behind beside checkpoints: its resolved settings, where it came from, and its figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+
+PACKAGES = (
+    "torch", "lightning", "jsonargparse", "omegaconf", "diffusers", "transformers", "peft", "torchmetrics",
+    "webdataset", "deepspeed", "av", "numpy",
+)  # fmt: skip
+
+
+class Record(L.Callback):
+    """Keeps `config.yaml`, `provenance.json` and `metrics.json` of a run folder up to date.
+
+    `metrics.json`: {"step", "samples", "seconds" of training, "train": latest logged values, "validate": latest
+    validation, "before": validation before the first step, "history": one entry per validation, "test"}.
+
+    Args:
+        config: resolved settings as YAML text.
+        argv: words of the command line.
+    """
+
+    def __init__(self, config: str = "", argv: tuple[str, ...] = ()) -> None:
+        self.config, self.argv = config, argv
+        self.samples = 0
+        self.seconds = 0.0
+        self.metrics: dict[str, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.folder = Path(trainer.default_root_dir)
+        if not trainer.is_global_zero:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / "metrics.json").is_file():
+            self.metrics = json.loads((self.folder / "metrics.json").read_text())
+        if stage == "fit":
+            (self.folder / "samples").mkdir(exist_ok=True)
+            _write(self.folder / "config.yaml", self.config)
+            _write(self.folder / "provenance.json", json.dumps(provenance(self.argv), indent=1))
+
+    # -- clock --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self.samples, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.samples, self.seconds = state_dict["samples"], state_dict["seconds"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tick = time.monotonic()
+        # A killed run may have validated after its last checkpoint: those steps will be made again.
+        self.metrics["history"] = [e for e in self.metrics.get("history", []) if e["step"] <= trainer.global_step]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.samples += count(batch) * trainer.world_size
+        now = time.monotonic()
+        self.seconds += now - self._tick
+        self._tick = now
+
+    # -- figures ------------------------------------------------------------------------------------------------------
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.num_sanity_val_steps == float("inf"):  # `validate_first`: the whole validation set was seen
+            self.metrics["before"] = plain(trainer.callback_metrics)
+            self._write(trainer)
+            for logger in trainer.loggers:
+                logger.log_metrics({k: v for k, v in self.metrics["before"].items() if isinstance(v, float)}, step=0)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        own = {k: v for k, v in plain(trainer.callback_metrics).items() if not k.startswith("train")}
+        self.metrics["validate"] = own
+        if trainer.global_step > 0:
+            entry = {"step": trainer.global_step, **own}
+            history = self.metrics.setdefault("history", [])
+            self.metrics["history"] = [e for e in history if e["step"] != trainer.global_step] + [entry]
+        self._write(trainer)
+        self._tick = time.monotonic()  # validation is not training time
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.metrics["test"] = plain(trainer.callback_metrics)
+        self._write(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.metrics["train"] = {k: v for k, v in plain(trainer.logged_metrics).items() if k not in self.metrics.get("validate", {})}
+        self._write(trainer)
+
+    def _write(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            if trainer.state.fn == "fit" or trainer.global_step > 0:  # else it has not trained and knows no step
+                self.metrics |= {"step": trainer.global_step, "samples": self.samples, "seconds": round(self.seconds, 2)}
+            order = ("step", "samples", "seconds", "before", "validate", "test", "train", "history")
+            ordered = {key: self.metrics[key] for key in order if key in self.metrics}
+            _write(self.folder / "metrics.json", json.dumps(ordered, indent=1))
+
+
+def count(batch: Any) -> int:
+    """Samples in a batch: the length of its first tensor or list."""
+    if isinstance(batch, dict):
+        batch = next(iter(batch.values()))
+    elif isinstance(batch, tuple | list) and batch and hasattr(batch[0], "shape"):
+        batch = batch[0]
+    return len(batch) if hasattr(batch, "__len__") else 1
+
+
+def plain(metrics: dict[str, Any]) -> dict[str, float | str]:
+    """Tensors as numbers; what is not finite as a word, which JSON can hold."""
+    values = {k: float(v) for k, v in metrics.items()}
+    return {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
+
+
+def provenance(argv: tuple[str, ...]) -> dict[str, Any]:
+    """Code, versions and command a run came from; nothing about the machine's name or its owner."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {"git": _git(), "argv": list(argv), "versions": versions, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def _git() -> dict[str, Any] | None:
+    def ask(*words: str) -> str:
+        root = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)

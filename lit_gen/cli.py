@@ -1,0 +1,267 @@
+"""The front door: verbs, help, and the stages of an experiment run one after another.
+
+Nothing heavy is imported here (Lightning alone takes seconds): each stage runs in a child process of its own, which also
+gives each its own process group under DDP, DeepSpeed and srun.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from lit_gen import experiment, interrupts
+from lit_gen.errors import UserError, nearest
+from lit_gen.experiment import Override, Run
+
+PAUSED = 75  # exit status of a stage that saved and stopped before its end
+
+TRAINER_VERBS = {
+    "fit": "run every stage of an experiment, resuming what was interrupted",
+    "validate": "measure the last checkpoint on the validation set",
+    "test": "measure the last checkpoint on the test set",
+    "predict": "generate with the last checkpoint",
+}
+MODULE_VERBS = {
+    "check": ("lit_gen.check", "say in seconds, without a GPU, what would go wrong"),
+    "data": ("lit_gen.data.command", "build or pack the shards of a data set"),
+    "world": ("lit_gen.world.sheets", "draw contact sheets of the procedural world"),
+    "bench": ("lit_gen.bench", "measure throughput"),
+}
+VERBS = {**TRAINER_VERBS, **{verb: text for verb, (_, text) in MODULE_VERBS.items()}, "list": "name the experiments here"}
+
+OPTIONS = """\
+-c FILE               an experiment; may be given several times, later files win
+--a.b.c VALUE         one setting, over all files, in every stage
+--stages.NAME.a.b VALUE   the same for one stage
+--stage NAME          run this stage only
+--fresh               start over; the old run is moved aside, not deleted
+--experiment NAME     name of the run folder (default: the name of the last file)
+--run_root DIR        where run folders live (default: runs)
+--print_config        print the merged settings of every stage and stop
+--help                this text, and every setting with its meaning
+"""
+
+FILE_KEYS = """\
+keys of an experiment file:
+  description: TEXT   one line for `list`
+  base: [FILES]       files merged before this one, relative to it
+  experiment: NAME    name of the run folder
+  run_root: DIR       where run folders live
+  stages: {NAME: SETTINGS, ...}   run in order, each merged over the rest of the file and started
+                      from the weights of the stage before
+  init_from: FILE     checkpoint whose weights a run starts from; null for none
+  validate_first: BOOL    validate before training too, kept as "before" in metrics.json
+  vars: {NAME: VALUE}     free values for ${vars.NAME}
+  checkpoint: {...}   how often to save and what to keep
+  seed_everything, trainer, model, data   as in Lightning's command line
+  NAME+: [ITEMS]      appends to a list that another file gave, e.g. `callbacks+:`
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line; returns the exit status (2 for errors that are the user's to fix)."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `lit_gen list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(argv: list[str]) -> int:
+    verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if verb in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if verb == "stage":  # how this file starts a child
+        return importlib.import_module("lit_gen.stage").main(rest)
+    if verb == "list":
+        return _list(rest)
+    if verb in MODULE_VERBS:
+        return importlib.import_module(MODULE_VERBS[verb][0]).main(rest) or 0
+    if verb in TRAINER_VERBS:
+        return _run(verb, rest)
+    raise UserError(f"there is no verb `{verb}`{nearest(verb, VERBS)} (verbs: {', '.join(VERBS)})")
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items())
+    options = "\n".join(f"  {line}" for line in OPTIONS.splitlines())
+    return (
+        f"usage: python -m lit_gen VERB [options]\n\nverbs:\n{verbs}\n\noptions of fit, validate, test, predict, check:\n"
+        f"{options}\n\n`python -m lit_gen fit --help` explains every setting; `python -m lit_gen list` names the experiments."
+    )
+
+
+def _list(argv: list[str]) -> int:
+    folder = Path(argv[0]) if argv else Path("experiments")
+    files = sorted(p for p in folder.rglob("*.yaml"))
+    if not files:
+        raise UserError(f"{folder}: no experiments here; run this where the repository's experiments/ is, or name a folder")
+    width = max(len(str(p)) for p in files)
+    for path in files:
+        print(f"{str(path):{width}}  {experiment.describe(path)}".rstrip())
+    return 0
+
+
+def parse(argv: list[str]) -> tuple[list[str], dict[str, str | bool], list[Override]]:
+    """Split a command line -> (files, options of ours, overrides in order).
+
+    Raises:
+        UserError: a word that belongs to no option.
+    """
+    files: list[str] = []
+    options: dict[str, str | bool] = {}
+    overrides: list[Override] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "-h":
+            word = "--help"
+        if word == "-c":
+            word = "--config"
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"`{word}` belongs to no option; settings are given as --key VALUE, files as -c FILE")
+        key, equals, value = word[2:].partition("=")
+        given: str | None = value if equals else None
+        if given is None and key not in ("fresh", "help", "print_config") and words and not words[0].startswith("--"):
+            given = words.pop(0)
+        if key in ("config", "stage"):
+            if not given:
+                raise UserError(f"--{key} needs a {'file' if key == 'config' else 'name'}")
+            if key == "config":
+                files.append(given)
+            else:
+                options["stage"] = given
+        elif key in ("fresh", "help", "print_config"):
+            options[key] = given or True
+        else:
+            overrides.append((key, given))
+    return files, options, overrides
+
+
+def as_words(overrides: list[Override]) -> list[str]:
+    return [f"--{key}" if value is None else f"--{key}={value}" for key, value in overrides]
+
+
+def _run(verb: str, argv: list[str]) -> int:
+    files, options, overrides = parse(argv)
+    if options.get("help") or any(key.endswith(".help") for key, _ in overrides):
+        print(f"usage: python -m lit_gen {verb} -c FILE [options]\n\n{OPTIONS}\n{FILE_KEYS}\nsettings:", flush=True)
+        words = ["--help"] if options.get("help") else as_words(overrides)
+        return launch(["help", verb, *words])
+    if not files:
+        raise UserError(f"{verb} needs an experiment: -c FILE (`python -m lit_gen list` names those here)")
+    runs = experiment.select(experiment.runs(files, overrides), _text(options.get("stage")))
+    for run in runs:
+        _refuse_own_folder(run)
+    if options.get("print_config"):
+        for run in runs:
+            print(f"# {run.name}", flush=True)
+            flag = "" if options["print_config"] is True else f"={options['print_config']}"
+            if code := launch(["print", verb, json.dumps(run.settings.data), f"--print_config{flag}", *as_words(run.overrides)]):
+                return code
+        return 0
+    return _fit(runs, argv, bool(options.get("fresh"))) if verb == "fit" else _measure(verb, runs[-1], argv)
+
+
+def _fit(runs: list[Run], argv: list[str], fresh: bool) -> int:
+    if fresh:
+        _move_aside(runs)
+    waiting = [run for run in runs if not _finished(run)]
+    os.environ["LIT_GEN_STARTED"] = str(time.time())  # `trainer.max_time` counts from here
+    for run in runs:
+        if run not in waiting:
+            print(f"{run.name}: finished already, skipped", flush=True)
+    requests = [str(run.write_request("fit", argv)) for run in waiting]
+    for i, run in enumerate(waiting):
+        if interrupts.received is not None:
+            return _paused(run)
+        # The first child also binds the settings of the stages after it: a mistake there shows now, not in an hour.
+        code = launch(["run", requests[i], *(requests[i + 1 :] if i == 0 else [])])
+        if code == PAUSED:
+            return _paused(run)
+        if code:
+            return code
+    if not waiting:
+        print(f"nothing left to do; results are in {runs[-1].folder}")
+    return 0
+
+
+def _measure(verb: str, run: Run, argv: list[str]) -> int:
+    keys = [key for key, _ in run.overrides]
+    if "ckpt_path" not in keys and "ckpt_path" not in run.settings.data:
+        if not run.last.is_file() and not run.last.is_dir():
+            raise UserError(f"{run.name} has no checkpoint at {run.last}; run `fit` first, or give --ckpt_path FILE")
+        run.settings.data["ckpt_path"] = str(run.last)
+    return launch(["run", str(run.write_request(verb, argv))])
+
+
+def launch(words: list[str]) -> int:
+    """Run `python -m lit_gen stage WORDS` as a child."""
+    return interrupts.call([sys.executable, "-m", "lit_gen", "stage", *words])
+
+
+def _finished(run: Run) -> bool:
+    """Whether nothing is left to do; a longer training than the finished one is something left to do.
+
+    Raises:
+        UserError: the run is finished, but with other settings.
+    """
+    changes = run.changes()
+    if not run.done.is_file():
+        if changes and run.last.is_file():
+            told = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
+            print(f"{run.name}: continuing with changed settings ({told})", flush=True)
+        return False
+    longer = {k for k in changes if k in LENGTH and _grew(*changes[k])}
+    wrong = {k: v for k, v in changes.items() if k not in longer}
+    if wrong:
+        told = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in wrong.items())
+        raise UserError(
+            f"{run.name} is finished with other settings ({told}); start over with --fresh or choose another name with --experiment"
+        )
+    if longer:
+        run.done.unlink()
+    return not longer
+
+
+def _grew(old: object, new: object) -> bool:
+    return isinstance(new, int) and (new == -1 or (isinstance(old, int) and old < new))
+
+
+def _move_aside(runs: list[Run]) -> None:
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--fresh in a job of several tasks would race with itself; move the run folder aside beforehand")
+    for run in runs:
+        if run.folder.exists():
+            n = 1
+            while (aside := run.folder.with_name(f"{run.folder.name}.old{n}")).exists():
+                n += 1
+            run.folder.rename(aside)
+            print(f"{run.name}: the earlier run is now in {aside}", flush=True)
+
+
+def _paused(run: Run) -> int:
+    print(f"{run.name}: paused; the same command continues it", flush=True)
+    return 128 + interrupts.received if interrupts.received == interrupts.PAUSING[0] else 0
+
+
+def _refuse_own_folder(run: Run) -> None:
+    path = ("trainer", "default_root_dir")
+    given = [f"--{key}" for key, _ in run.overrides if key == ".".join(path)]
+    if path in run.settings.origins and run.settings.data["trainer"]["default_root_dir"] is not None:
+        given.append(run.settings.origin(path))
+    if given:
+        raise UserError(f"{given[0]}: trainer.default_root_dir is the run folder; set `run_root` and `experiment` instead")
+
+
+def _text(value: str | bool | None) -> str | None:
+    return value if isinstance(value, str) else None

@@ -1,0 +1,1 @@
+"""Sets of WebDataset shards: built, packed, and streamed in an order that resumes exactly."""

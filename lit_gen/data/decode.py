@@ -1,0 +1,74 @@
+"""Bytes of a member to arrays and back, for a fixed list of formats. Nothing here can run code from a file."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import av
+import numpy as np
+from PIL import Image
+from safetensors.numpy import load as load_safetensors
+
+from lit_gen.data.shards import BadSample
+
+IMAGE = ("png", "jpg", "jpeg", "webp")
+VIDEO = ("mp4", "webm", "mov", "mkv", "avi")
+
+
+def read_image(data: bytes) -> Image.Image:
+    """An RGB picture."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def read_video(data: bytes) -> np.ndarray:
+    """Every frame of a video: F H W 3, uint8."""
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1  # starting threads costs more than a short clip takes
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    if not frames:
+        raise ValueError("the video has no frames")
+    return np.stack(frames)
+
+
+DECODERS = {
+    **dict.fromkeys(IMAGE, read_image),
+    **dict.fromkeys(VIDEO, read_video),
+    "txt": lambda data: data.decode("utf-8").strip(),
+    "json": json.loads,
+    "npy": lambda data: np.load(io.BytesIO(data), allow_pickle=False),
+    "safetensors": load_safetensors,
+}
+
+
+def decode(extension: str, data: bytes):
+    """The value of a member; BadSample says why it cannot be read."""
+    if extension not in DECODERS:
+        raise BadSample(f".{extension} is not one of the formats that are read: {', '.join(DECODERS)}")
+    try:
+        return DECODERS[extension](data)
+    # Decoders of damaged bytes raise nearly anything: OSError, SyntaxError, ValueError, struct.error, av.error.…
+    except Exception as error:
+        raise BadSample(f".{extension} of {len(data)} bytes: {type(error).__name__}: {error}") from error
+
+
+def encode_image(rgb: np.ndarray) -> bytes:
+    """H W 3 uint8 to PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(rgb).save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
+
+
+def encode_video(rgb: np.ndarray, rate: int = 8) -> bytes:
+    """F H W 3 uint8 to a nearly lossless mp4 (full chroma, since half-resolution colour ruins small pictures)."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "6", "preset": "veryfast"})
+        stream.height, stream.width = rgb.shape[1:3]
+        stream.pix_fmt = "yuv444p"
+        stream.codec_context.thread_count = 1  # more threads would change the bytes
+        for frame in rgb:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()

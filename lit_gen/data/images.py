@@ -1,0 +1,61 @@
+"""Image samples: (image, caption, facts)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lit_gen.data.decode import IMAGE
+from lit_gen.data.shards import BadSample
+
+EXTENSIONS = {*IMAGE, "txt", "json"}
+
+
+@dataclass
+class ImageSample:
+    """A centre crop and its caption."""
+
+    size: int | None = None  # pixels, height and width; None keeps pictures as they are
+
+    def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        picture = member(sample, IMAGE)
+        image = to_tensor(picture if self.size is None else centre_crop(picture, self.size))
+        return {"image": image} | said(sample)
+
+
+def member(sample: dict[str, Any], extensions: tuple[str, ...]) -> Any:
+    """The first of several alternative members; BadSample when there is none."""
+    for extension in extensions:
+        if extension in sample:
+            return sample[extension]
+    raise BadSample(f"it has none of the members {', '.join(extensions)}")
+
+
+def said(sample: dict[str, Any]) -> dict[str, Any]:
+    """Name, caption and facts; facts are empty for data whose truth nobody wrote down."""
+    return {"caption": member(sample, ("txt",)), "key": sample["key"], "facts": sample.get("json", {})}
+
+
+def resize_short_side(picture: Image.Image, side: int) -> Image.Image:
+    """The picture with its shorter side `side` pixels long."""
+    scale = side / min(picture.size)
+    size = tuple(max(side, round(length * scale)) for length in picture.size)
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def centre_crop(picture: Image.Image, size: int) -> Image.Image:
+    """The square middle of a picture whose short side becomes `size`."""
+    picture = resize_short_side(picture, size)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
+def to_tensor(picture: Image.Image | np.ndarray) -> Tensor:
+    """[..] H W 3 uint8 to [..] 3 H W in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels.movedim(-1, -3).float().div_(127.5).sub_(1).contiguous()

@@ -1,0 +1,95 @@
+"""Set files: `data/*.yaml` say which scenes of the world, or which packed shards, make up a set."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from lit_gen.data.shards import ShardError
+
+KINDS = ("images", "videos", "style")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Captions:
+    """How the world's grammar words the captions."""
+
+    level: str = "full"
+    style_words: bool = True
+
+
+@dataclass(frozen=True)
+class SetFile:
+    """A set of world renders; every field is a key of the YAML file."""
+
+    path: Path  # the file itself, not a key
+    name: str  # folder of the shards below `shards/` beside the file; defaults to the file's name
+    kind: str  # images | videos | style (images with style parameters as ground truth)
+    recipe: str  # which scenes, see lit_gen/world/recipes.py
+    split: str  # train | val | test
+    count: int  # samples
+    seed: int = 0
+    size: int = 64  # pixels, height and width
+    frames: int = 8  # of a video
+    captions: Captions = field(default_factory=Captions)
+    samples_per_shard: int = 250
+
+    @property
+    def folder(self) -> Path:
+        """Where the built shards are."""
+        return self.path.parent / "shards" / self.name
+
+    @property
+    def description(self) -> dict:
+        """The content as plain data, without the path."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "path"}
+
+    @staticmethod
+    def read(path: str | Path) -> SetFile:
+        """Read and check a set file; ShardError names the file, the key and the nearest valid one."""
+        path = Path(path)
+        try:
+            content = yaml.safe_load(path.read_text())
+        except FileNotFoundError:
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+            guess = f"; did you mean {path.parent / near[0]}?" if near else ""
+            raise ShardError(f"set file {path} does not exist{guess}") from None
+        except yaml.YAMLError as error:
+            raise ShardError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict):
+            raise ShardError(f"{path}: a set file is a mapping of keys, see data/README.md")
+        captions = _checked(Captions, content.pop("captions", None) or {}, f"{path}: captions")
+        content.setdefault("name", path.stem)
+        content.pop("description", None)
+        return _checked(SetFile, content, str(path), path=path, captions=captions)
+
+
+def _checked(cls: type, content: dict, where: str, **given):
+    """An instance of a dataclass from YAML values whose names, presence and types are checked."""
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in given}
+    for key, value in content.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            raise ShardError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        wanted = fields[key].type
+        if type(value).__name__ != wanted:
+            raise ShardError(f"{where}: {key} must be {wanted}, not {value!r}")
+        if wanted == "int" and value < (0 if key == "seed" else 1):
+            raise ShardError(f"{where}: {key} must be positive, not {value}")
+    choices = {"kind": KINDS, "split": SPLITS}
+    for key in choices.keys() & content.keys():
+        if content[key] not in choices[key]:
+            raise ShardError(f"{where}: {key} must be one of {', '.join(choices[key])}, not {content[key]!r}")
+    missing = [n for n, f in fields.items() if n not in content and _required(f)]
+    if missing:
+        raise ShardError(f"{where}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    return cls(**content, **given)
+
+
+def _required(f: dataclasses.Field) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING

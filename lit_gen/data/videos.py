@@ -1,0 +1,39 @@
+"""Video samples: (video, caption, facts)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lit_gen.data.decode import VIDEO
+from lit_gen.data.images import centre_crop, member, said, to_tensor
+from lit_gen.data.shards import BadSample
+
+EXTENSIONS = {*VIDEO, "txt", "json"}
+
+
+@dataclass
+class VideoSample:
+    """Consecutive frames of a clip, centre cropped."""
+
+    size: int | None = None  # pixels, height and width; None keeps frames as they are
+    frames: int | None = None  # F; None takes every frame
+    stride: int = 1  # every so many frames of the file
+    random_start: bool = True  # anywhere in longer clips, else the middle
+
+    def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        clip = member(sample, VIDEO)  # F' H' W' 3
+        if self.frames is not None:
+            span = (self.frames - 1) * self.stride + 1
+            spare = len(clip) - span
+            if spare < 0:
+                raise BadSample(f"the video has {len(clip)} frames, {span} are needed")
+            start = int(rng.integers(spare + 1)) if self.random_start else spare // 2
+            clip = clip[start : start + span]
+        clip = clip[:: self.stride]
+        if self.size is not None and clip.shape[1:3] != (self.size, self.size):
+            clip = np.stack([np.asarray(centre_crop(Image.fromarray(frame), self.size)) for frame in clip])
+        return {"video": to_tensor(clip)} | said(sample)

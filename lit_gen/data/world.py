@@ -1,0 +1,210 @@
+"""Scenes rendered on the training device: where a GPU draws pictures faster than any disk delivers them.
+
+A pool of scenes is rendered once, kept on the device as bytes (or as latents), and drawn from in an order that is a
+function of (seed, epoch). Every rank renders its own share of the pool.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_gen.data.captions import write_captions
+from lit_gen.world import render
+from lit_gen.world.sampling import sample
+from lit_gen.world.scene import Scenes
+
+_CHUNK = 2048  # scenes rendered, encoded or captioned at a time
+
+
+class Draws:
+    """Positions in a pool, batch by batch: an epoch is a permutation that depends on (seed, epoch) alone.
+
+    Args:
+        count: positions to draw from.
+        batch_size: positions in a batch; an incomplete last batch is dropped where `shuffle` is on.
+        seed: of the permutations.
+        shuffle: False gives the positions in order, the last batch short.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, shuffle: bool = True) -> None:
+        self.count, self.batch_size, self.seed, self.shuffle = count, batch_size, seed, shuffle
+        self.epoch = self.batches = 0
+
+    def __len__(self) -> int:
+        return self.count // self.batch_size if self.shuffle else -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.batches >= len(self):
+            self.epoch, self.batches = self.epoch + self.shuffle, 0
+        order = torch.arange(self.count)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(self.count, generator=generator)
+        while self.batches < len(self):
+            start = self.batches * self.batch_size
+            self.batches += 1
+            yield order[start : start + self.batch_size]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.batches = state["epoch"], state["batches"]
+
+
+@dataclass
+class Pool:
+    """Rendered scenes on a device: tensors with one row a scene, and the scenes themselves."""
+
+    scenes: Scenes
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    captions: list[list[str]] = field(default_factory=list)
+
+
+class RenderedWorld(L.LightningDataModule):
+    """Batches of rendered scenes: image or video (or latent), scenes, instance masks, captions and their tokens.
+
+    Args:
+        recipes: what to draw, as recipe names with their shares of the pool.
+        pool: scenes rendered before training starts, over all ranks.
+        batch_size: scenes per batch and rank.
+        val_pool: scenes of split "val" for validation, over all ranks.
+        val_batch_size: scenes per validation batch.
+        seed: of the scenes and of their order.
+        size: pixels of the square pictures.
+        frames: pictures per scene; more than one renders videos.
+        captions: captions kept per scene; 0 for none.
+        tokenizer: folder of the tokenizer that turns captions into "tokens" (B L).
+        autoencoder: folder of an autoencoder; training batches then hold "latent", scaled as a diffusion model sees it.
+        masks: whether batches hold the instance mask "instance" (B H W, 0 the background).
+        workers: processes that write captions.
+    """
+
+    def __init__(
+        self,
+        recipes: dict[str, float] = {"base": 1.0},  # noqa: B006 (jsonargparse reads the default; it is never changed)
+        pool: int = 100_000,
+        batch_size: int = 256,
+        val_pool: int = 1024,
+        val_batch_size: int = 256,
+        seed: int = 0,
+        size: int = 64,
+        frames: int = 1,
+        captions: int = 0,
+        tokenizer: str | None = None,
+        autoencoder: str | None = None,
+        masks: bool = False,
+        workers: int = 8,
+    ) -> None:
+        super().__init__()
+        self.recipes, self.pool_size, self.batch_size = recipes, pool, batch_size
+        self.val_pool_size, self.val_batch_size = val_pool, val_batch_size
+        self.seed, self.size, self.frames, self.caption_count = seed, size, frames, captions
+        self.tokenizer, self.autoencoder, self.masks, self.workers = tokenizer, autoencoder, masks, workers
+        self.train_pool: Pool | None = None
+        self.val_pool: Pool | None = None
+
+    def setup(self, stage: str) -> None:
+        trainer = self.trainer
+        device = trainer.strategy.root_device
+        if stage == "fit" and self.train_pool is None:
+            self.train_pool = self._fill("train", self.pool_size, trainer.global_rank, trainer.world_size, device)
+        if self.val_pool is None:
+            self.val_pool = self._fill("val", self.val_pool_size, trainer.global_rank, trainer.world_size, device)
+
+    def train_dataloader(self) -> Draws:
+        return Draws(len(self.train_pool.scenes), self.batch_size, self.seed)
+
+    def val_dataloader(self) -> Draws:
+        return Draws(len(self.val_pool.scenes), self.val_batch_size, self.seed, shuffle=False)
+
+    def transfer_batch_to_device(self, batch: Tensor, device: torch.device, dataloader_idx: int) -> dict[str, Any]:
+        """Turn positions into what stands there."""
+        pool = self.train_pool if self.trainer.training else self.val_pool
+        rows = batch.to(device, non_blocking=True)
+        found: dict[str, Any] = {name: tensor[rows] for name, tensor in pool.tensors.items()}
+        for name in ("image", "video"):
+            if name in found:
+                found[name] = found[name].float() / 127.5 - 1
+        if "tokens" in found:  # a scene has several captions; which one a visit sees changes with the epoch
+            pick = torch.randint(found["tokens"].shape[1], (len(rows),), device=device)
+            found["tokens"] = found["tokens"][torch.arange(len(rows), device=device), pick].long()
+        if pool.captions and not self.trainer.training:
+            found["caption"] = [pool.captions[i][0] for i in batch.tolist()]
+        return {**found, "scenes": pool.scenes[rows]}
+
+    def _fill(self, split: str, size: int, rank: int, world: int, device: torch.device) -> Pool:
+        share = size // world
+        index = torch.arange(rank * share, (rank + 1) * share)
+        jobs = self._jobs(index)
+        train = split == "train"
+        keep_images = not (train and self.autoencoder)
+        encoder = _load_autoencoder(self.autoencoder, device) if self.autoencoder else None
+        columns: dict[str, list[Tensor]] = {}
+        scenes: list[Scenes] = []
+        # captions are written by other processes while this one renders
+        with ProcessPoolExecutor(max(self.workers, 1), multiprocessing.get_context("spawn")) as processes:
+            rest = (split, self.seed, self.caption_count, self.tokenizer)
+            written = [processes.submit(write_captions, *job, *rest) for job in jobs if self.caption_count]
+            progress = tqdm(total=len(index), desc=f"rendering {split} scenes", unit=" scenes", disable=rank > 0)
+            for recipe, chunk in jobs:
+                part, pictures = self._render(recipe, split, chunk.to(device), encoder, keep_images)
+                scenes.append(part)
+                for name, tensor in pictures.items():
+                    columns.setdefault(name, []).append(tensor)
+                progress.update(len(chunk))
+            progress.close()
+            results = [job.result() for job in written]
+        pool = Pool(Scenes.cat(scenes), {name: torch.cat(parts) for name, parts in columns.items()})
+        if results and self.tokenizer:
+            pool.tensors["tokens"] = torch.cat([tokens for _, tokens in results]).to(device)
+        if results and not train:
+            pool.captions = [texts for chunk, _ in results for texts in chunk]
+        return pool
+
+    def _jobs(self, index: Tensor) -> list[tuple[str, Tensor]]:
+        """Chunks of one recipe each; the recipes share the range of indices in proportion."""
+        total = sum(self.recipes.values())
+        counts = [int(len(index) * share / total) for share in self.recipes.values()]
+        counts[0] += len(index) - sum(counts)
+        parts = zip(self.recipes, index.split(counts), strict=True)
+        size = max(_CHUNK // self.frames, 1)
+        return [(recipe, chunk) for recipe, part in parts for chunk in part.split(size) if len(chunk)]
+
+    @torch.no_grad()
+    def _render(
+        self, recipe: str, split: str, index: Tensor, encoder: Any, keep_images: bool
+    ) -> tuple[Scenes, dict[str, Tensor]]:
+        scenes = sample(recipe, split, self.seed, index)
+        if self.frames == 1:
+            picture = render.render(scenes, self.size)
+        else:
+            picture = render.render_video(scenes, self.frames, self.size)
+        columns: dict[str, Tensor] = {}
+        if keep_images:
+            name = "image" if self.frames == 1 else "video"
+            columns[name] = (picture.rgb.clamp(0, 1) * 255).round().byte()
+        if encoder is not None:
+            images = picture.rgb.flatten(0, -4) * 2 - 1
+            with torch.autocast(index.device.type, torch.bfloat16, enabled=index.is_cuda):
+                latent = torch.cat([encoder.encode(i).latent_dist.mean for i in images.split(_CHUNK)])
+            latent = latent.float() * encoder.config.scaling_factor
+            columns["latent"] = latent.half().unflatten(0, picture.rgb.shape[:-3])
+        if self.masks:
+            columns["instance"] = picture.instance.byte()
+        return scenes, columns
+
+
+def _load_autoencoder(folder: str, device: torch.device) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(folder).to(device).eval()

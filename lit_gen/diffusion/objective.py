@@ -1,0 +1,77 @@
+"""The diffusion objective: a noise schedule, its targets and its loss."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+class Schedule(nn.Module):
+    """A discrete variance-preserving noise schedule, z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps.
+
+    Args:
+        scheduler: any diffusers scheduler with `alphas_cumprod`; its prediction type and its timestep spacing are kept.
+    """
+
+    alphas_cumprod: Tensor
+
+    def __init__(self, scheduler: Any) -> None:
+        super().__init__()
+        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.clone().float(), persistent=False)
+        config = scheduler.config
+        self.prediction: Literal["epsilon", "v_prediction"] = config.prediction_type
+        if self.prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction type {self.prediction!r} is not supported (epsilon, v_prediction)")
+        self.spacing: str = config.timestep_spacing
+        self.steps_offset: int = config.steps_offset
+        self.final_alpha = 1.0 if config.set_alpha_to_one else float(self.alphas_cumprod[0])
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def timesteps(self, steps: int) -> list[int]:
+        """`steps` timesteps from noisy to clean, spaced as the base's scheduler says."""
+        total = len(self)
+        if self.spacing == "leading":
+            return [i * (total // steps) + self.steps_offset for i in reversed(range(steps))]
+        if self.spacing == "trailing":
+            return [round(total - i * total / steps) - 1 for i in range(steps)]
+        return torch.linspace(0, total - 1, steps).round().long().flip(0).tolist()
+
+    def sample_timesteps(self, count: int, device: torch.device | str) -> Tensor:
+        """Uniform random timesteps [count]."""
+        return torch.randint(0, len(self), (count,), device=device)
+
+    def _coefficients(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
+        abar = self.alphas_cumprod[t].view(-1, *[1] * (ndim - 1))
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """z_t [B ...] from z_0 and eps [B ...] at timesteps t [B]."""
+        a, s = self._coefficients(t, clean.ndim)
+        return a * clean + s * noise
+
+    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network is to predict, [B ...]."""
+        if self.prediction == "epsilon":
+            return noise
+        a, s = self._coefficients(t, clean.ndim)
+        return a * noise - s * clean
+
+    def split(self, output: Tensor, noisy: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(z_0, eps) that a network output at z_t means, both [B ...]."""
+        a, s = self._coefficients(t, noisy.ndim)
+        if self.prediction == "epsilon":
+            return (noisy - s * output) / a, output
+        return a * noisy - s * output, a * output + s * noisy
+
+    def loss(self, output: Tensor, clean: Tensor, noise: Tensor, t: Tensor, min_snr: float | None = None) -> Tensor:
+        """Mean squared error per sample [B], weighted by min(SNR, gamma) if `min_snr` is a gamma (arXiv 2303.09556)."""
+        error = (output.float() - self.target(clean, noise, t).float()).square().flatten(1).mean(1)
+        if min_snr is None:
+            return error
+        abar = self.alphas_cumprod[t]
+        snr = abar / (1 - abar)
+        return error * snr.clamp(max=min_snr) / (snr if self.prediction == "epsilon" else snr + 1)

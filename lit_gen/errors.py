@@ -1,0 +1,18 @@
+"""Errors that are the user's to fix: one readable line each, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can put right; `str()` of it says what is wrong, where, and what to do."""
+
+
+def nearest(wrong: str, names: Iterable[str]) -> str:
+    """', did you mean `right`?' where a name is close to `wrong`, else ''."""
+    names = [str(n) for n in names]
+    lower = {n.lower(): n for n in names}
+    close = difflib.get_close_matches(wrong.lower(), lower, n=1, cutoff=0.6)
+    return f", did you mean `{lower[close[0]]}`?" if close else ""

@@ -1,0 +1,253 @@
+"""An experiment: settings merged from YAML files and the command line, cut into stages, each with its run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_gen import settings as trees
+from lit_gen.errors import UserError, nearest
+from lit_gen.settings import Settings
+
+# Keys of an experiment that this file understands; everything else goes to the parser of `stage.py`.
+OWN_KEYS = ("base", "description", "experiment", "run_root", "stages")
+
+# A finished stage is as good under another value of these.
+HARMLESS = (
+    "checkpoint",
+    "description",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.enable_model_summary",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "trainer.max_time",
+    "trainer.num_nodes",
+    "trainer.profiler",
+    "data.init_args.workers",
+)
+LENGTH = ("trainer.max_steps", "trainer.max_epochs")
+
+Override = tuple[str, str | None]  # dotted key and value as typed; None for a bare switch
+
+
+@dataclass
+class Run:
+    """One stage of an experiment, or the whole of one that has no stages.
+
+    Args:
+        name: as printed: "experiment" or "experiment/stage".
+        folder: everything the run writes goes here.
+        settings: merged settings of this stage.
+        overrides: settings from the command line, as typed.
+    """
+
+    name: str
+    folder: Path
+    settings: Settings
+    overrides: list[Override]
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def done(self) -> Path:
+        """Exists once the run is finished."""
+        return self.folder / "DONE"
+
+    def request(self, verb: str) -> Path:
+        """The file that tells the child process what to run; also what a later command compares itself with."""
+        return self.folder / f"{verb}.json"
+
+    def write_request(self, verb: str, argv: list[str]) -> Path:
+        path = self.request(verb)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        request = {
+            "verb": verb,
+            "name": self.name,
+            "folder": str(self.folder),
+            "argv": argv,
+            "settings": self.settings.data,
+            "overrides": self.overrides,
+            "origins": [[list(key), where] for key, where in self.settings.origins.items()],
+        }
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(request, indent=1))
+        temporary.replace(path)
+        return path
+
+    @staticmethod
+    def read_request(path: Path) -> tuple[str, list[str], Run]:
+        """-> (verb, argv, run)"""
+        request = json.loads(path.read_text())
+        origins = {tuple(key): where for key, where in request["origins"]}
+        overrides = [(key, value) for key, value in request["overrides"]]
+        settings = Settings(request["settings"], origins)
+        return request["verb"], request["argv"], Run(request["name"], Path(request["folder"]), settings, overrides)
+
+    def effective(self) -> dict[str, Any]:
+        """Settings by dotted key, overrides included."""
+        flat = dict(_flatten(self.settings.data))
+        for key, value in self.overrides:
+            for spelling in (key, _with_init_args(key)):
+                for old in [k for k in flat if k == spelling or k.startswith(spelling + ".")]:
+                    del flat[old]
+            flat[_with_init_args(key)] = True if value is None else trees.parse_value(value)
+        return flat
+
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """Settings that differ from those this run was last asked for: {dotted key: (old, new)}."""
+        if not self.request("fit").is_file():
+            return {}
+        old, new = self.read_request(self.request("fit"))[2].effective(), self.effective()
+        keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        return {k: (old.get(k), new.get(k)) for k in keys if not k.startswith(HARMLESS)}
+
+
+def read(files: list[str], overrides: list[Override]) -> Settings:
+    """Merge experiment files, later ones over earlier ones, each over the files its `base:` names."""
+    result = Settings()
+    for file in files:
+        result = trees.merge(result, _read_with_base(Path(file), ()))
+    for key, value in overrides:
+        if key in OWN_KEYS:
+            result.data[key] = value
+            result.origins[(key,)] = "command line"
+    return result
+
+
+def runs(files: list[str], overrides: list[Override]) -> list[Run]:
+    """The runs of an experiment in order.
+
+    Args:
+        files: the `-c` files.
+        overrides: from the command line; `stages.NAME.key` reaches one stage, any other key every stage.
+
+    Raises:
+        UserError: a file cannot be read, or names no valid stages.
+    """
+    merged = read(files, overrides)
+    stages = _stages(merged)
+    for key, _ in overrides:
+        parts = key.split(".")
+        if parts[0] == "stages" and (len(parts) < 3 or parts[1] not in stages):
+            stage = parts[1] if len(parts) > 1 else ""
+            raise UserError(f"--{key}: there is no stage `{stage}`{nearest(stage, stages)}{_among(stages)}")
+
+    name = str(merged.data.get("experiment") or Path(files[-1]).stem)
+    if not re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*", name):
+        raise UserError(f"{merged.origin(('experiment',))}: `experiment: {name}` cannot be the name of a folder")
+    seed = next((value for key, value in reversed(overrides) if key == "seed_everything"), None)
+    if seed is not None:  # seeds of one experiment stand side by side
+        name += f"-seed{seed}"
+    root = Path(str(merged.data.get("run_root") or "runs")) / name
+
+    common = Settings({k: v for k, v in merged.data.items() if k not in OWN_KEYS})
+    common.origins = {k: where for k, where in merged.origins.items() if k[0] not in OWN_KEYS}
+    if not stages:
+        return [Run(name, root, common, _for_stage(overrides, None))]
+    result: list[Run] = []
+    for stage in stages:
+        tree = trees.merge(common, trees.subtree(merged, ("stages", stage)))
+        for key in OWN_KEYS:
+            if key in tree.data and key != "description":
+                raise UserError(f"{tree.origin((key,))}: `{key}` belongs at the top of the file, not in a stage")
+        tree.data.pop("description", None)
+        if "init_from" not in tree.data and result:
+            tree.data["init_from"] = str(result[-1].last)
+            tree.origins[("init_from",)] = f"{merged.origin(('stages', stage))} (the stage before)"
+        result.append(Run(f"{name}/{stage}", root / stage, tree, _for_stage(overrides, stage)))
+    return result
+
+
+def select(all_runs: list[Run], stage: str | None) -> list[Run]:
+    """The runs that `--stage` asks for; all of them without it."""
+    if stage is None:
+        return all_runs
+    names = [run.folder.name for run in all_runs] if len(all_runs) > 1 or "/" in all_runs[0].name else []
+    chosen = [run for run, name in zip(all_runs, names, strict=False) if name == stage]
+    if not chosen:
+        raise UserError(f"--stage {stage}: there is no such stage{nearest(stage, names)}{_among(names)}")
+    return chosen
+
+
+def describe(file: Path) -> str:
+    """One line about an experiment file, without reading it as YAML: its `description:`, else its first comment."""
+    comment = ""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("description:"):
+            return line.partition(":")[2].strip().strip("\"'")
+        if line.startswith("#") and not comment:
+            comment = line.lstrip("# ").strip()
+    return comment
+
+
+def _stages(merged: Settings) -> list[str]:
+    stages = merged.data.get("stages")
+    if stages is None:
+        return []
+    where = merged.origin(("stages",))
+    if not isinstance(stages, dict):
+        raise UserError(f"{where}: `stages:` must map stage names to settings")
+    for name, value in stages.items():
+        where = merged.origin(("stages", name))
+        if not re.fullmatch(r"\w[\w-]*", name):
+            raise UserError(f"{where}: `{name}` cannot be the name of a stage (letters, digits, _ and -)")
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{where}: stage `{name}` must be a mapping of settings")
+    return [name for name, value in stages.items() if value is not None]  # an overlay removes a stage with `name: null`
+
+
+def _read_with_base(file: Path, within: tuple[Path, ...]) -> Settings:
+    if file.resolve() in within:
+        raise UserError(f"{file}: `base:` leads in a circle: {' -> '.join(p.name for p in (*within, file))}")
+    own = trees.read(file)
+    base = own.data.pop("base", None) or []
+    result = Settings()
+    for i, name in enumerate([base] if isinstance(base, str) else base):
+        path = file.parent / str(name)
+        if not path.is_file():
+            near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [])
+            where = own.origins.get(("base", i)) or own.origin(("base",))
+            raise UserError(f"{where}: `base:` names {path}, which does not exist{near}")
+        result = trees.merge(result, _read_with_base(path, (*within, file.resolve())))
+    return trees.merge(result, own)
+
+
+def _for_stage(overrides: list[Override], stage: str | None) -> list[Override]:
+    chosen: list[Override] = []
+    for key, value in overrides:
+        parts = key.split(".", 2)
+        if parts[0] in OWN_KEYS and parts[0] != "stages":
+            continue
+        if parts[0] != "stages":
+            chosen.append((key, value))
+        elif parts[1] == stage:
+            chosen.append((parts[2], value))
+    return chosen
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _with_init_args(key: str) -> str:
+    """`model.lr` and `model.init_args.lr` are the same setting on the command line."""
+    parts = key.split(".")
+    if len(parts) > 1 and parts[0] in ("model", "data") and parts[1] not in ("class_path", "init_args"):
+        parts.insert(1, "init_args")
+    return ".".join(parts)
+
+
+def _among(names: list[str]) -> str:
+    return f" (stages: {', '.join(names)})" if names else " (the experiment has no stages)"

@@ -1,0 +1,65 @@
+"""Signals that ask a run to pause. They only raise a flag; training saves and stops at the next step border.
+
+A scheduler sends SIGUSR1 (time is nearly up) or SIGTERM (preempted) at any moment, also while libraries are being
+imported; saving inside the handler, in the middle of a step, is what corrupts checkpoints.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+
+PAUSING = (signal.SIGTERM, signal.SIGUSR1)
+
+received: signal.Signals | None = None
+_child: subprocess.Popen[bytes] | None = None
+
+
+def _remember(signum: int, _: object) -> None:
+    global received
+    received = signal.Signals(signum)
+    if _child is not None and _child.poll() is None:
+        _child.send_signal(signum)
+
+
+def install() -> None:
+    """Take over the pausing signals, and let those through that arrived before anyone could listen."""
+    for signum in PAUSING:
+        signal.signal(signum, _remember)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PAUSING)
+
+
+def call(command: list[str]) -> int:
+    """Run a child that shares our fate: it gets our signals, and it dies when we are killed.
+
+    Returns:
+        The child's exit status, as a shell would give it.
+    """
+    global _child
+    # The child inherits the blocked mask and unblocks in `install`, so no signal finds it without a handler.
+    signal.pthread_sigmask(signal.SIG_BLOCK, PAUSING)
+    try:
+        _child = subprocess.Popen(command, env={**os.environ, "LIT_GEN_PARENT": str(os.getpid())})
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PAUSING)
+    try:
+        code = _child.wait()
+    except KeyboardInterrupt:  # the terminal sends Ctrl-C to both of us; let the child tidy up
+        code = _child.wait()
+    finally:
+        _child = None
+    return code if code >= 0 else 128 - code
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it dies, even by kill -9 (Linux only)."""
+    if not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    parent = os.environ.pop("LIT_GEN_PARENT", None)
+    if parent is not None and os.getppid() != int(parent):  # it died before we asked
+        os.kill(os.getpid(), signal.SIGKILL)

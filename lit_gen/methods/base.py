@@ -1,0 +1,148 @@
+"""What every method shares: one optimizer, checkpoints without the frozen base, and randomness that resumes exactly."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from lit_gen.errors import UserError
+
+
+@dataclass
+class Optimizer:
+    """AdamW over the trainable parameters.
+
+    Args:
+        lr: peak learning rate.
+        betas: decay of the first and second moment.
+        weight_decay: decoupled weight decay.
+        warmup_steps: optimizer steps of linear warm-up from zero.
+        schedule: what follows the warm-up; cosine and linear reach zero at `trainer.max_steps`.
+        clip_norm: clip the global gradient norm to this value; 0 for no clipping.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    clip_norm: float = 1.0
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """Learning rate at `step` as a fraction of the peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant" or max_steps <= 0:
+            return 1.0
+        done = min((step - self.warmup_steps) / max(max_steps - self.warmup_steps, 1), 1.0)
+        return 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
+
+
+class Method(L.LightningModule):
+    """Base class of all methods.
+
+    * Checkpoints hold what differs from the frozen base: trainable parameters, the buffers beside them, and whatever an
+      earlier stage trained.
+    * The random generators are seeded from (seed, rank, batch) before each batch, so a resumed run repeats exactly what
+      an uninterrupted one would have drawn.
+
+    Args:
+        optimizer: settings of the one optimizer.
+    """
+
+    def __init__(self, optimizer: Optimizer = Optimizer()) -> None:
+        super().__init__()
+        self.optimizer_settings = optimizer
+        self.strict_loading = False
+        self._inherited: set[str] = set()
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the present run."""
+        return Path(self.trainer.default_root_dir)
+
+    # -- optimisation -------------------------------------------------------------------------------------------------
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        settings = self.optimizer_settings
+        optimizer = torch.optim.AdamW(
+            self.trainable_parameters(),
+            lr=settings.lr,
+            betas=tuple(settings.betas),
+            weight_decay=settings.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: settings.factor(s, self.trainer.max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
+        # Not Lightning's own clipping: it refuses fused optimizers under mixed precision.
+        if self.optimizer_settings.clip_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.trainable_parameters(), self.optimizer_settings.clip_norm)
+
+    # -- randomness ---------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.seed_step("fit", self.trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.seed_step("validate", batch_idx + 1_000_003 * dataloader_idx)
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.seed_step("predict", batch_idx + 1_000_003 * dataloader_idx)
+
+    def seed_step(self, purpose: Literal["fit", "validate", "predict"], step: int) -> None:
+        """Seed torch from (seed, purpose, rank, step)."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        salt = {"fit": 1, "validate": 2, "predict": 3}[purpose]
+        mixed = (seed * 0x9E3779B97F4A7C15 + salt * 0xBF58476D1CE4E5B9 + step * 0x94D049BB133111EB) & (2**64 - 1)
+        torch.manual_seed((mixed + self.global_rank * 0xD6E8FEB86659FD93) & (2**63 - 1))
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Weights that differ from the frozen base."""
+        state = super().state_dict(*args, **kwargs)
+        kept = self._kept_names() | self._inherited
+        return type(state)((name, value) for name, value in state.items() if name in kept)
+
+    def _kept_names(self) -> set[str]:
+        kept: set[str] = set()
+        for prefix, module in self.named_modules():
+            own = [(n, p) for n, p in module.named_parameters(recurse=False)]
+            kept.update(f"{prefix}.{n}" if prefix else n for n, p in own if p.requires_grad)
+            if not own or any(p.requires_grad for _, p in own):
+                kept.update(f"{prefix}.{n}" if prefix else n for n, _ in module.named_buffers(recurse=False))
+        return kept
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._inherited |= set(checkpoint["state_dict"])
+
+    def load_weights(self, path: str | Path) -> None:
+        """Start from another run's checkpoint: averaged weights where it has them, its raw weights otherwise.
+
+        Raises:
+            UserError: the file does not exist, or holds weights this model has no place for.
+        """
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such checkpoint to start from")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {**checkpoint["state_dict"], **checkpoint.get("ema", {})}
+        own = super().state_dict()
+        wrong = [k for k, v in weights.items() if k not in own or own[k].shape != v.shape]
+        if wrong:
+            raise UserError(
+                f"{path}: {len(wrong)} of {len(weights)} weights do not fit {type(self).__name__}, e.g. {wrong[0]}"
+            )
+        self.load_state_dict(weights, strict=False)
+        self._inherited |= set(weights)

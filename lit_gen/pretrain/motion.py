@@ -1,0 +1,109 @@
+"""Trains the motion modules of the bundled base on clips of unstyled moving scenes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import UNetMotionModel
+from torch import Tensor
+
+from lit_gen.diffusion.base import load_base
+from lit_gen.diffusion.objective import Schedule
+from lit_gen.diffusion.sampling import classifier_free, ddim, noise_from
+from lit_gen.methods.base import Optimizer
+from lit_gen.pretrain.architecture import FRAMES, LATENT_CHANNELS, LATENT_SIZE, build_motion_adapter, build_scheduler
+from lit_gen.pretrain.part import BasePart
+from lit_gen.pretrain.text_to_image import FrozenText
+
+
+class Motion(BasePart):
+    """AnimateDiff (Guo et al. 2023): temporal layers trained between the frozen layers of a text-to-image model.
+
+    Args:
+        base: folder whose tokenizer, text_encoder, vae and unet are used.
+        heads: of the temporal attention.
+        drop_text: share of training clips whose caption is replaced by the empty one.
+        min_snr: gamma of the min-SNR loss weight; null for none.
+        compile: compile the network with torch.compile.
+        guidance: classifier-free guidance scale of the clips drawn in validation.
+        sample_steps: DDIM steps of the clips drawn in validation; 0 draws none.
+        export: folder of the base the result is written to; null writes nothing.
+        optimizer: settings of the optimizer.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        heads: int = 4,
+        drop_text: float = 0.1,
+        min_snr: float | None = 5.0,
+        compile: bool = False,
+        guidance: float = 4.0,
+        sample_steps: int = 25,
+        export: str | None = None,
+        optimizer: Optimizer = Optimizer(lr=1e-3, warmup_steps=300, schedule="cosine"),
+    ) -> None:
+        super().__init__(export, optimizer)
+        self.heads = heads
+        self.text = FrozenText(base)
+        self.autoencoder = load_base(base, parts=["vae"])
+        unet = load_base(base, parts=["unet"]).unet
+        self.unet = UNetMotionModel.from_unet2d(unet, build_motion_adapter(unet, heads))
+        self.unet.freeze_unet2d_params()
+        self.schedule = Schedule(build_scheduler())
+        self.drop_text, self.min_snr, self.compile_network = drop_text, min_snr, compile
+        self.guidance, self.sample_steps = guidance, sample_steps
+
+    def configure_model(self) -> None:
+        if self.compile_network:
+            self.unet.compile()
+            self.compile_network = False
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train/loss", loss)
+        return loss
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """Weighted noise prediction error of clips B F C h w under captions B L."""
+        clean = batch["latent"].float()
+        states = self.text(self.text.drop(batch["tokens"], self.drop_text))
+        t = self.schedule.sample_timesteps(len(clean), clean.device)
+        noise = torch.randn_like(clean)
+        output = self.predict_noise(self.schedule.add_noise(clean, noise, t), t, states)
+        return self.schedule.loss(output, clean, noise, t, self.min_snr).mean()
+
+    def predict_noise(self, noisy: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        """Noise B F C h w in clips B F C h w; the network wants channels before frames and text once a frame."""
+        states = states.repeat_interleave(noisy.shape[1], dim=0)
+        # validation goes round the compiled call, which would be compiled again for every other batch size
+        network = self.unet if self.training else self.unet.forward
+        return network(noisy.transpose(1, 2), t, states).sample.transpose(1, 2)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.log("val/loss", self.loss(batch), batch_size=len(batch["tokens"]), sync_dist=True)
+        if batch_idx == 0 and self.sample_steps and self.logger and self.global_rank == 0:
+            clips = self.draw(batch["tokens"][:8])
+            strips = clips.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3)  # a row a clip
+            self.logger.experiment.add_image("val/clips", strips.add(1).div(2), self.global_step)
+            self.logger.experiment.add_text("val/prompts", "\n\n".join(batch["caption"][:8]), self.global_step)
+
+    @torch.no_grad()
+    def draw(self, tokens: Tensor) -> Tensor:
+        """Clips B F 3 H W in -1..1 for captions B L."""
+        states = torch.cat([self.text(self.text.null(tokens)), self.text(tokens)])
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            output = self.predict_noise(torch.cat([x, x]), torch.cat([t, t]), states).float()
+            return classifier_free(*output.chunk(2), self.guidance)
+
+        noise = noise_from(list(range(len(tokens))), (FRAMES, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE), self.device)
+        latent = ddim(denoise, self.schedule, noise, self.sample_steps)
+        return self.autoencoder.decode(latent.flatten(0, 1)).unflatten(0, latent.shape[:2])
+
+    def parts(self) -> dict[str, Any]:
+        weights = {n: w for n, w in self.unet.state_dict().items() if "motion_modules" in n}
+        adapter = build_motion_adapter(self.unet, self.heads)
+        adapter.load_state_dict(weights)
+        return {"motion_adapter": adapter}

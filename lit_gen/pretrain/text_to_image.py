@@ -1,0 +1,131 @@
+"""Trains the text-to-image network of the bundled base on latents of rendered scenes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lit_gen.diffusion.base import load_base
+from lit_gen.diffusion.objective import Schedule
+from lit_gen.diffusion.sampling import classifier_free, ddim, noise_from
+from lit_gen.methods.base import Optimizer
+from lit_gen.pretrain.architecture import LATENT_CHANNELS, LATENT_SIZE, build_scheduler, build_unet
+from lit_gen.pretrain.part import BasePart
+
+
+class TextToImage(BasePart):
+    """Latent diffusion (Rombach et al. 2022): predicts the noise in latents from frozen text states.
+
+    Args:
+        base: folder whose tokenizer, text_encoder and vae are used.
+        widths: channels at each resolution.
+        layers: residual blocks per resolution.
+        drop_text: share of training samples whose caption is replaced by the empty one, for classifier-free guidance.
+        min_snr: gamma of the min-SNR loss weight (Hang et al. 2023); null for none.
+        compile: compile the network with torch.compile (worth it on a GPU for more than a few hundred steps).
+        guidance: classifier-free guidance scale of the pictures drawn in validation.
+        sample_steps: DDIM steps of the pictures drawn in validation; 0 draws none.
+        export: folder of the base the result is written to; null writes nothing.
+        optimizer: settings of the optimizer.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        widths: list[int] = [96, 160],  # noqa: B006 (read by jsonargparse, never changed)
+        layers: int = 1,
+        drop_text: float = 0.1,
+        min_snr: float | None = 5.0,
+        compile: bool = False,
+        guidance: float = 4.0,
+        sample_steps: int = 25,
+        export: str | None = None,
+        optimizer: Optimizer = Optimizer(lr=1e-3, warmup_steps=500, schedule="cosine"),
+    ) -> None:
+        super().__init__(export, optimizer)
+        self.text = FrozenText(base)
+        self.autoencoder = load_base(base, parts=["vae"])
+        self.unet = build_unet(tuple(widths), layers, self.text.width).to(memory_format=torch.channels_last)
+        self.schedule = Schedule(build_scheduler())
+        self.drop_text, self.min_snr, self.compile_network = drop_text, min_snr, compile
+        self.guidance, self.sample_steps = guidance, sample_steps
+
+    def configure_model(self) -> None:
+        if self.compile_network:
+            self.unet.compile()
+            self.compile_network = False
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train/loss", loss)
+        return loss
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """Weighted noise prediction error of latents B C h w under captions B L."""
+        clean = batch["latent"].float()
+        states = self.text(self.text.drop(batch["tokens"], self.drop_text))
+        t = self.schedule.sample_timesteps(len(clean), clean.device)
+        noise = torch.randn_like(clean)
+        noisy = self.schedule.add_noise(clean, noise, t).to(memory_format=torch.channels_last)
+        # validation goes round the compiled call, which would be compiled again for every other batch size
+        network = self.unet if self.training else self.unet.forward
+        output = network(noisy, t, states).sample
+        return self.schedule.loss(output, clean, noise, t, self.min_snr).mean()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.log("val/loss", self.loss(batch), batch_size=len(batch["tokens"]), sync_dist=True)
+        if batch_idx == 0 and self.sample_steps and self.logger and self.global_rank == 0:
+            pictures = self.draw(batch["tokens"][:32])
+            grid = pictures.view(4, 8, *pictures.shape[1:]).permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3)
+            self.logger.experiment.add_image("val/samples", grid.add(1).div(2), self.global_step)
+            self.logger.experiment.add_text("val/prompts", "\n\n".join(batch["caption"][:32]), self.global_step)
+
+    @torch.no_grad()
+    def draw(self, tokens: Tensor) -> Tensor:
+        """Pictures B 3 H W in -1..1 for captions B L."""
+        states = torch.cat([self.text(self.text.null(tokens)), self.text(tokens)])
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            output = self.unet.forward(torch.cat([x, x]), torch.cat([t, t]), states).sample.float()
+            return classifier_free(*output.chunk(2), self.guidance)
+
+        shape = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
+        noise = noise_from(list(range(len(tokens))), shape, self.device)
+        return self.autoencoder.decode(ddim(denoise, self.schedule, noise, self.sample_steps))
+
+    def parts(self) -> dict[str, Any]:
+        return {"unet": self.unet, "scheduler": build_scheduler()}
+
+
+class FrozenText(torch.nn.Module):
+    """Text states of token ids, from a base's frozen text encoder.
+
+    Args:
+        base: folder with tokenizer/ and text_encoder/.
+    """
+
+    def __init__(self, base: str) -> None:
+        super().__init__()
+        parts = load_base(base, parts=["tokenizer", "text_encoder"])
+        tokenizer: CLIPTokenizer = parts.tokenizer
+        self.encoder: CLIPTextModel = parts.text_encoder
+        self.width: int = self.encoder.config.hidden_size
+        null = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
+        self.register_buffer("null_tokens", null, persistent=False)
+
+    def null(self, tokens: Tensor) -> Tensor:
+        """The empty caption, as many times as there are captions B L."""
+        return self.null_tokens.expand_as(tokens)
+
+    def drop(self, tokens: Tensor, share: float) -> Tensor:
+        """Captions B L, each replaced by the empty one with probability `share`."""
+        dropped = torch.rand(len(tokens), 1, device=tokens.device) < share
+        return torch.where(dropped, self.null(tokens), tokens)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> Tensor:
+        """States B L D of captions B L."""
+        return self.encoder(input_ids=tokens).last_hidden_state

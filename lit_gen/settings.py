@@ -1,0 +1,159 @@
+"""YAML files as plain data that remembers where each key was written."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_gen.errors import UserError, nearest
+
+KeyPath = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as jsonargparse reads it: 1e-4 is a number, dates and 1:30 are not."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in resolvers if not tag.endswith((":float", ":int", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^([-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9]+([eE][-+]?[0-9]+)?)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+@dataclass
+class Settings:
+    """A tree of settings.
+
+    Args:
+        data: mappings, lists and scalars.
+        origins: for each path of keys and list positions, "file:line" or "command line" of its latest definition.
+    """
+
+    data: dict[str, Any] = field(default_factory=dict)
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+
+    def origin(self, path: KeyPath) -> str:
+        """Where `path`, or the nearest of its ancestors, was written."""
+        while path and path not in self.origins:
+            path = path[:-1]
+        return self.origins.get(path, "")
+
+
+def parse_value(text: str) -> Any:
+    """A value as written on the command line."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506: a SafeLoader
+    except yaml.YAMLError:
+        return text
+
+
+def read(path: Path) -> Settings:
+    """Read one file.
+
+    Raises:
+        UserError: no such file, not YAML, or not a mapping.
+    """
+    if not path.is_file():
+        near = nearest(path.name, [p.name for p in path.parent.glob("*") if p.suffix in (".yaml", ".yml")])
+        where = f"{path}: no such file" if path.parent.is_dir() else f"{path}: no such folder as {path.parent}"
+        raise UserError(where + near)
+    loader = _Loader(path.read_text(encoding="utf-8"))
+    loader.name = str(path)
+    try:
+        node = loader.get_single_node()
+        settings = Settings()
+        if node is None:
+            return settings
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{path}:{node.start_mark.line + 1}: expected settings as `key: value` lines")
+        settings.data = _build(loader, node, str(path), (), settings.origins)
+        return settings
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    finally:
+        loader.dispose()
+
+
+def _build(loader: _Loader, node: yaml.Node, file: str, path: KeyPath, origins: dict[KeyPath, str]) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        loader.flatten_mapping(node)
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(loader.construct_object(key_node))
+            where = f"{file}:{key_node.start_mark.line + 1}"
+            if key in result:
+                raise UserError(f"{where}: key `{key}` is written twice (first at {origins[(*path, key)]})")
+            origins[(*path, key)] = where
+            result[key] = _build(loader, value_node, file, (*path, key), origins)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            origins[(*path, i)] = f"{file}:{item.start_mark.line + 1}"
+        return [_build(loader, item, file, (*path, i), origins) for i, item in enumerate(node.value)]
+    return loader.construct_object(node, deep=True)
+
+
+def merge(under: Settings, over: Settings) -> Settings:
+    """`over` laid on `under`: mappings are merged, everything else is replaced, `name+:` appends to a list.
+
+    A different `class_path` drops the `init_args` written for the other class.
+    """
+    result = Settings(dict(under.data), dict(under.origins))
+    result.data = _merge(under.data, over.data, (), result.origins, over.origins)
+    return result
+
+
+def _merge(under: Any, over: Any, path: KeyPath, origins: dict[KeyPath, str], new: dict[KeyPath, str]) -> Any:
+    if not (isinstance(under, dict) and isinstance(over, dict)):
+        _move(origins, new, path, path)
+        return over
+    result = dict(under)
+    if "class_path" in over and over["class_path"] != under.get("class_path", over["class_path"]):
+        result.pop("init_args", None)
+    for key, value in over.items():
+        if key.endswith("+") and isinstance(value, list):
+            name = key[:-1]
+            old = list(result.get(name) or [])
+            result[name] = old + value
+            origins.setdefault((*path, name), new.get((*path, key), ""))
+            for i in range(len(value)):
+                _move(origins, new, (*path, key, i), (*path, name, len(old) + i))
+            continue
+        result[key] = _merge(result.get(key), value, (*path, key), origins, new)
+        if (*path, key) in new:
+            origins[(*path, key)] = new[(*path, key)]
+    return result
+
+
+def _move(origins: dict[KeyPath, str], new: dict[KeyPath, str], source: KeyPath, target: KeyPath) -> None:
+    """Replace what `origins` says of `target` and below by what `new` says of `source`."""
+    n = len(target)
+    for old in [p for p in origins if p[:n] == target]:
+        del origins[old]
+    n = len(source)
+    origins.update({target + p[n:]: where for p, where in new.items() if p[:n] == source})
+
+
+def subtree(settings: Settings, path: KeyPath) -> Settings:
+    """The settings below `path`, as a tree of their own."""
+    data: Any = settings.data
+    for key in path:
+        data = data[key]
+    n = len(path)
+    return Settings(data, {p[n:]: where for p, where in settings.origins.items() if p[:n] == path and len(p) > n})
