@@ -1,21 +1,23 @@
 """The front door: verbs, help, and the stages of an experiment run one after another.
 
-Nothing heavy is imported here (Lightning alone takes seconds): each stage runs in a child process of its own, which also
-gives each its own process group under DDP, DeepSpeed and srun.
+Nothing heavy is imported here (Lightning alone takes seconds): each stage runs in a child process of its own, which
+also gives each its own process group under DDP, DeepSpeed and srun.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
+import shutil
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 from lit_gen import experiment, interrupts
 from lit_gen.errors import UserError, nearest
-from lit_gen.experiment import Override, Run
+from lit_gen.experiment import Changes, Override, Run
 
 PAUSED = 75  # exit status of a stage that saved and stopped before its end
 
@@ -29,9 +31,15 @@ MODULE_VERBS = {
     "check": ("lit_gen.check", "say in seconds, without a GPU, what would go wrong"),
     "data": ("lit_gen.data.command", "build or pack the shards of a data set"),
     "world": ("lit_gen.world.sheets", "draw contact sheets of the procedural world"),
-    "bench": ("lit_gen.bench", "measure throughput"),
 }
-VERBS = {**TRAINER_VERBS, **{verb: text for verb, (_, text) in MODULE_VERBS.items()}, "list": "name the experiments here"}
+VERBS = {
+    **TRAINER_VERBS,
+    **{verb: text for verb, (_, text) in MODULE_VERBS.items()},
+    "bench": "measure the throughput of a part, e.g. `bench world`",
+    "list": "name the experiments here",
+}
+
+SWITCHES = ("fresh", "help", "print_config", "smoke")
 
 OPTIONS = """\
 -c FILE               an experiment; may be given several times, later files win
@@ -41,6 +49,8 @@ OPTIONS = """\
 --fresh               start over; the old run is moved aside, not deleted
 --experiment NAME     name of the run folder (default: the name of the last file)
 --run_root DIR        where run folders live (default: runs)
+--prompt TEXT, --style FILE, ...   (predict) fill the model's lists `prompts`, `styles`, ...
+--smoke               two small steps of every stage, in runs/smoke, to see that all of it works
 --print_config        print the merged settings of every stage and stop
 --help                this text, and every setting with its meaning
 """
@@ -56,6 +66,7 @@ keys of an experiment file:
   init_from: FILE     checkpoint whose weights a run starts from; null for none
   validate_first: BOOL    validate before training too, kept as "before" in metrics.json
   vars: {NAME: VALUE}     free values for ${vars.NAME}
+  smoke: SETTINGS     merged over all others by --smoke
   checkpoint: {...}   how often to save and what to keep
   seed_everything, trainer, model, data   as in Lightning's command line
   NAME+: [ITEMS]      appends to a list that another file gave, e.g. `callbacks+:`
@@ -81,9 +92,12 @@ def _dispatch(argv: list[str]) -> int:
         print(_usage())
         return 0
     if verb == "stage":  # how this file starts a child
+        interrupts.die_with_parent()
         return importlib.import_module("lit_gen.stage").main(rest)
     if verb == "list":
         return _list(rest)
+    if verb == "bench":
+        return _bench(rest)
     if verb in MODULE_VERBS:
         return importlib.import_module(MODULE_VERBS[verb][0]).main(rest) or 0
     if verb in TRAINER_VERBS:
@@ -95,8 +109,9 @@ def _usage() -> str:
     verbs = "\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items())
     options = "\n".join(f"  {line}" for line in OPTIONS.splitlines())
     return (
-        f"usage: python -m lit_gen VERB [options]\n\nverbs:\n{verbs}\n\noptions of fit, validate, test, predict, check:\n"
-        f"{options}\n\n`python -m lit_gen fit --help` explains every setting; `python -m lit_gen list` names the experiments."
+        f"usage: python -m lit_gen VERB [options]\n\nverbs:\n{verbs}\n\n"
+        f"options of fit, validate, test, predict, check:\n{options}\n\n"
+        "`python -m lit_gen fit --help` explains every setting; `python -m lit_gen list` names the experiments."
     )
 
 
@@ -104,11 +119,21 @@ def _list(argv: list[str]) -> int:
     folder = Path(argv[0]) if argv else Path("experiments")
     files = sorted(p for p in folder.rglob("*.yaml"))
     if not files:
-        raise UserError(f"{folder}: no experiments here; run this where the repository's experiments/ is, or name a folder")
+        raise UserError(
+            f"{folder}: no experiments here; run this where the repository's experiments/ is, or name a folder"
+        )
     width = max(len(str(p)) for p in files)
     for path in files:
         print(f"{str(path):{width}}  {experiment.describe(path)}".rstrip())
     return 0
+
+
+def _bench(argv: list[str]) -> int:
+    parts = sorted(p.parent.name for p in Path(__file__).parent.glob("*/bench.py"))
+    if not argv or argv[0] not in parts:
+        what = argv[0] if argv else ""
+        raise UserError(f"bench needs one of: {', '.join(parts)}{nearest(what, parts)}")
+    return importlib.import_module(f"lit_gen.{argv[0]}.bench").main(argv[1:]) or 0
 
 
 def parse(argv: list[str]) -> tuple[list[str], dict[str, str | bool], list[Override]]:
@@ -131,7 +156,7 @@ def parse(argv: list[str]) -> tuple[list[str], dict[str, str | bool], list[Overr
             raise UserError(f"`{word}` belongs to no option; settings are given as --key VALUE, files as -c FILE")
         key, equals, value = word[2:].partition("=")
         given: str | None = value if equals else None
-        if given is None and key not in ("fresh", "help", "print_config") and words and not words[0].startswith("--"):
+        if given is None and key not in SWITCHES and words and not words[0].startswith("--"):
             given = words.pop(0)
         if key in ("config", "stage"):
             if not given:
@@ -140,7 +165,7 @@ def parse(argv: list[str]) -> tuple[list[str], dict[str, str | bool], list[Overr
                 files.append(given)
             else:
                 options["stage"] = given
-        elif key in ("fresh", "help", "print_config"):
+        elif key in SWITCHES:
             options[key] = given or True
         else:
             overrides.append((key, given))
@@ -153,36 +178,61 @@ def as_words(overrides: list[Override]) -> list[str]:
 
 def _run(verb: str, argv: list[str]) -> int:
     files, options, overrides = parse(argv)
+    if verb == "predict":
+        overrides = _fill_lists(overrides)
     if options.get("help") or any(key.endswith(".help") for key, _ in overrides):
         print(f"usage: python -m lit_gen {verb} -c FILE [options]\n\n{OPTIONS}\n{FILE_KEYS}\nsettings:", flush=True)
         words = ["--help"] if options.get("help") else as_words(overrides)
         return launch(["help", verb, *words])
     if not files:
         raise UserError(f"{verb} needs an experiment: -c FILE (`python -m lit_gen list` names those here)")
-    runs = experiment.select(experiment.runs(files, overrides), _text(options.get("stage")))
+    smoke = bool(options.get("smoke"))
+    runs = experiment.select(experiment.runs(files, overrides, smoke), _text(options.get("stage")))
     for run in runs:
         _refuse_own_folder(run)
     if options.get("print_config"):
         for run in runs:
             print(f"# {run.name}", flush=True)
             flag = "" if options["print_config"] is True else f"={options['print_config']}"
-            if code := launch(["print", verb, json.dumps(run.settings.data), f"--print_config{flag}", *as_words(run.overrides)]):
-                return code
+            with tempfile.TemporaryDirectory() as folder:
+                printed = dataclasses.replace(run, folder=Path(folder))
+                if code := launch(["print", str(printed.write_request(verb, argv)), f"--print_config{flag}"]):
+                    return code
         return 0
-    return _fit(runs, argv, bool(options.get("fresh"))) if verb == "fit" else _measure(verb, runs[-1], argv)
+    if verb != "fit":
+        return _measure(verb, runs[-1], argv)
+    if smoke:
+        for run in runs:
+            shutil.rmtree(run.folder, ignore_errors=True)
+    return _fit(runs, argv, bool(options.get("fresh")))
 
 
 def _fit(runs: list[Run], argv: list[str], fresh: bool) -> int:
-    if fresh:
+    if fresh and any(run.folder.exists() for run in runs):
+        if code := _bind(runs, argv):  # a slip on the command line should not cost a run its place
+            return code
         _move_aside(runs)
-    waiting = [run for run in runs if not _finished(run)]
-    os.environ["LIT_GEN_STARTED"] = str(time.time())  # `trainer.max_time` counts from here
+    waiting = []
+    for run in runs:
+        changes = run.changes()
+        if run.done.is_file() and _wrong(changes) and (code := _bind(runs, argv)):
+            return code  # a slip, not a wish for other settings
+        if not _finished(run, changes):
+            waiting.append(run)
+    interrupts.start_clock()
     for run in runs:
         if run not in waiting:
             print(f"{run.name}: finished already, skipped", flush=True)
+    if waiting and (stale := [r for r in runs[runs.index(waiting[0]) :] if r not in waiting]):
+        names = ", ".join(run.name for run in stale)
+        print(
+            f"{names}: finished, but from earlier weights of {waiting[0].name}; --stage NAME --fresh redoes it",
+            flush=True,
+        )
     requests = [str(run.write_request("fit", argv)) for run in waiting]
     for i, run in enumerate(waiting):
-        if interrupts.received is not None:
+        limit = run.effective().get("trainer.max_time")
+        if interrupts.received is not None or (i > 0 and interrupts.time_is_up(limit)):
             return _paused(run)
         # The first child also binds the settings of the stages after it: a mistake there shows now, not in an hour.
         code = launch(["run", requests[i], *(requests[i + 1 :] if i == 0 else [])])
@@ -204,33 +254,59 @@ def _measure(verb: str, run: Run, argv: list[str]) -> int:
     return launch(["run", str(run.write_request(verb, argv))])
 
 
+def _fill_lists(overrides: list[Override]) -> list[Override]:
+    """`predict --prompt A --prompt B` fills the model's list `prompts`, and so on for every word of its own."""
+    known = (*experiment.OWN_KEYS, "seed_everything", "trainer", "model", "data", "checkpoint", "vars", "init_from")
+    known += ("validate_first", "ckpt_path", "return_predictions", "weights_only")
+    lists: dict[str, list[str]] = {}
+    rest: list[Override] = []
+    for key, value in overrides:
+        if "." in key or key in known or value is None:
+            rest.append((key, value))
+        else:
+            lists.setdefault(f"model.init_args.{key}s", []).append(value)
+    return rest + [(key, json.dumps(values)) for key, values in lists.items()]
+
+
 def launch(words: list[str]) -> int:
     """Run `python -m lit_gen stage WORDS` as a child."""
     return interrupts.call([sys.executable, "-m", "lit_gen", "stage", *words])
 
 
-def _finished(run: Run) -> bool:
+def _bind(runs: list[Run], argv: list[str]) -> int:
+    """Have a child hold the settings against their signatures, and do nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        copies = [dataclasses.replace(run, folder=Path(folder) / str(i)) for i, run in enumerate(runs)]
+        return launch(["bind", *(str(copy.write_request("fit", argv)) for copy in copies)])
+
+
+def _finished(run: Run, changes: Changes) -> bool:
     """Whether nothing is left to do; a longer training than the finished one is something left to do.
 
     Raises:
         UserError: the run is finished, but with other settings.
     """
-    changes = run.changes()
     if not run.done.is_file():
         if changes and run.last.is_file():
-            told = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
-            print(f"{run.name}: continuing with changed settings ({told})", flush=True)
+            print(f"{run.name}: continuing with changed settings ({_told(changes)})", flush=True)
         return False
-    longer = {k for k in changes if k in LENGTH and _grew(*changes[k])}
-    wrong = {k: v for k, v in changes.items() if k not in longer}
-    if wrong:
-        told = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in wrong.items())
+    if wrong := _wrong(changes):
         raise UserError(
-            f"{run.name} is finished with other settings ({told}); start over with --fresh or choose another name with --experiment"
+            f"{run.name} is finished with other settings ({_told(wrong)}); "
+            "start over with --fresh or choose another name with --experiment"
         )
-    if longer:
+    if changes:
         run.done.unlink()
-    return not longer
+    return not changes
+
+
+def _wrong(changes: Changes) -> Changes:
+    """Changes other than a longer training."""
+    return {k: v for k, v in changes.items() if not (k in experiment.LENGTH and _grew(*v))}
+
+
+def _told(changes: Changes) -> str:
+    return "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
 
 
 def _grew(old: object, new: object) -> bool:
@@ -239,7 +315,9 @@ def _grew(old: object, new: object) -> bool:
 
 def _move_aside(runs: list[Run]) -> None:
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("--fresh in a job of several tasks would race with itself; move the run folder aside beforehand")
+        raise UserError(
+            "--fresh in a job of several tasks would race with itself; move the run folder aside beforehand"
+        )
     for run in runs:
         if run.folder.exists():
             n = 1
@@ -260,7 +338,9 @@ def _refuse_own_folder(run: Run) -> None:
     if path in run.settings.origins and run.settings.data["trainer"]["default_root_dir"] is not None:
         given.append(run.settings.origin(path))
     if given:
-        raise UserError(f"{given[0]}: trainer.default_root_dir is the run folder; set `run_root` and `experiment` instead")
+        raise UserError(
+            f"{given[0]}: trainer.default_root_dir is the run folder; set `run_root` and `experiment` instead"
+        )
 
 
 def _text(value: str | bool | None) -> str | None:

@@ -15,7 +15,20 @@ from lit_gen.errors import UserError, nearest
 from lit_gen.settings import Settings
 
 # Keys of an experiment that this file understands; everything else goes to the parser of `stage.py`.
-OWN_KEYS = ("base", "description", "experiment", "run_root", "stages")
+OWN_KEYS = ("base", "description", "experiment", "run_root", "smoke", "stages")
+
+# `--smoke`: two steps of everything, small, nothing exported. An experiment's own `smoke:` comes over this.
+SMOKE_TRAINER = {
+    "max_steps": 2,
+    "max_epochs": None,
+    "val_check_interval": 2,
+    "check_val_every_n_epoch": None,
+    "limit_val_batches": 1,
+    "limit_test_batches": 1,
+    "limit_predict_batches": 1,
+    "log_every_n_steps": 1,
+}
+SMOKE_AT_MOST = {"batch_size": 2, "val_batch_size": 2, "pool": 8, "val_pool": 4, "steps": 2}
 
 # A finished stage is as good under another value of these.
 HARMLESS = (
@@ -34,6 +47,7 @@ HARMLESS = (
 LENGTH = ("trainer.max_steps", "trainer.max_epochs")
 
 Override = tuple[str, str | None]  # dotted key and value as typed; None for a bare switch
+Changes = dict[str, tuple[Any, Any]]  # dotted key -> (old value, new value)
 
 
 @dataclass
@@ -51,6 +65,11 @@ class Run:
     folder: Path
     settings: Settings
     overrides: list[Override]
+
+    @property
+    def root(self) -> Path:
+        """Where run folders live; `name` is the path from there to this one."""
+        return self.folder.parents[self.name.count("/")]
 
     @property
     def last(self) -> Path:
@@ -101,8 +120,8 @@ class Run:
             flat[_with_init_args(key)] = True if value is None else trees.parse_value(value)
         return flat
 
-    def changes(self) -> dict[str, tuple[Any, Any]]:
-        """Settings that differ from those this run was last asked for: {dotted key: (old, new)}."""
+    def changes(self) -> Changes:
+        """Settings that differ, in ways that matter, from those this run was last asked for."""
         if not self.request("fit").is_file():
             return {}
         old, new = self.read_request(self.request("fit"))[2].effective(), self.effective()
@@ -122,12 +141,13 @@ def read(files: list[str], overrides: list[Override]) -> Settings:
     return result
 
 
-def runs(files: list[str], overrides: list[Override]) -> list[Run]:
+def runs(files: list[str], overrides: list[Override], smoke: bool = False) -> list[Run]:
     """The runs of an experiment in order.
 
     Args:
         files: the `-c` files.
         overrides: from the command line; `stages.NAME.key` reaches one stage, any other key every stage.
+        smoke: shrink every stage to two small steps, in a run folder under `smoke/`.
 
     Raises:
         UserError: a file cannot be read, or names no valid stages.
@@ -146,11 +166,14 @@ def runs(files: list[str], overrides: list[Override]) -> list[Run]:
     seed = next((value for key, value in reversed(overrides) if key == "seed_everything"), None)
     if seed is not None:  # seeds of one experiment stand side by side
         name += f"-seed{seed}"
+    if smoke:
+        name = f"smoke/{name}"
     root = Path(str(merged.data.get("run_root") or "runs")) / name
 
     common = Settings({k: v for k, v in merged.data.items() if k not in OWN_KEYS})
     common.origins = {k: where for k, where in merged.origins.items() if k[0] not in OWN_KEYS}
     if not stages:
+        common = _shrunk(common, merged, None) if smoke else common
         return [Run(name, root, common, _for_stage(overrides, None))]
     result: list[Run] = []
     for stage in stages:
@@ -159,6 +182,7 @@ def runs(files: list[str], overrides: list[Override]) -> list[Run]:
             if key in tree.data and key != "description":
                 raise UserError(f"{tree.origin((key,))}: `{key}` belongs at the top of the file, not in a stage")
         tree.data.pop("description", None)
+        tree = _shrunk(tree, merged, stage) if smoke else tree
         if "init_from" not in tree.data and result:
             tree.data["init_from"] = str(result[-1].last)
             tree.origins[("init_from",)] = f"{merged.origin(('stages', stage))} (the stage before)"
@@ -218,6 +242,30 @@ def _read_with_base(file: Path, within: tuple[Path, ...]) -> Settings:
             raise UserError(f"{where}: `base:` names {path}, which does not exist{near}")
         result = trees.merge(result, _read_with_base(path, (*within, file.resolve())))
     return trees.merge(result, own)
+
+
+def _shrunk(tree: Settings, merged: Settings, stage: str | None) -> Settings:
+    """A stage's settings made small: what is known to be large by its name, then what the file's `smoke:` says."""
+
+    def shrink(value: Any, key: str | None = None) -> Any:
+        if isinstance(value, dict):
+            return {k: shrink(v, k) for k, v in value.items()}
+        if isinstance(value, list):
+            return [shrink(v) for v in value]
+        if key == "export":
+            return None
+        return min(value, SMOKE_AT_MOST[key]) if key in SMOKE_AT_MOST and type(value) is int else value
+
+    tree = trees.merge(Settings(shrink(tree.data), tree.origins), Settings({"trainer": SMOKE_TRAINER}))
+    if "smoke" not in merged.data:
+        return tree
+    own = trees.subtree(merged, ("smoke",))
+    parts = [Settings({k: v for k, v in own.data.items() if k != "stages"}, own.origins)]
+    if stage in own.data.get("stages", {}):
+        parts.append(trees.subtree(own, ("stages", stage)))
+    for part in parts:
+        tree = trees.merge(tree, part)
+    return tree
 
 
 def _for_stage(overrides: list[Override], stage: str | None) -> list[Override]:

@@ -1,16 +1,21 @@
-"""Signals that ask a run to pause. They only raise a flag; training saves and stops at the next step border.
+"""What asks a run to pause: a signal or the clock. Training then saves and stops at the next step border.
 
-A scheduler sends SIGUSR1 (time is nearly up) or SIGTERM (preempted) at any moment, also while libraries are being
-imported; saving inside the handler, in the middle of a step, is what corrupts checkpoints.
+Signals only raise a flag. A scheduler sends SIGUSR1 (time is nearly up) or SIGTERM (preempted) at any moment, also
+while libraries are being imported; saving inside the handler, in the middle of a step, is what corrupts checkpoints.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
+from datetime import timedelta
+
+from lit_gen.errors import UserError
 
 PAUSING = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -30,6 +35,28 @@ def install() -> None:
     for signum in PAUSING:
         signal.signal(signum, _remember)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PAUSING)
+
+
+def seconds(limit: str | timedelta | dict[str, int]) -> float:
+    """`trainer.max_time` in seconds: "DD:HH:MM:SS", "HH:MM:SS", a timedelta or its arguments."""
+    if isinstance(limit, timedelta):
+        return limit.total_seconds()
+    if isinstance(limit, dict):
+        return timedelta(**limit).total_seconds()
+    if not re.fullmatch(r"(\d+:)?\d+:\d\d:\d\d", limit):
+        raise UserError(f"trainer.max_time: `{limit}` is not a time; write HH:MM:SS or DD:HH:MM:SS")
+    days, hours, minutes, secs = (int(part) for part in ("0:" * (3 - limit.count(":")) + limit).split(":"))
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=secs).total_seconds()
+
+
+def start_clock() -> None:
+    """Time limits of this command and its children count from now."""
+    os.environ["LIT_GEN_STARTED"] = str(time.time())
+
+
+def time_is_up(limit: str | timedelta | dict[str, int] | None) -> bool:
+    """Whether the command has run longer than `trainer.max_time`, imports and data building included."""
+    return limit is not None and time.time() - float(os.environ.get("LIT_GEN_STARTED", time.time())) > seconds(limit)
 
 
 def call(command: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Settings:
 def parse_value(text: str) -> Any:
     """A value as written on the command line."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506: a SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
 
@@ -148,6 +149,15 @@ def _move(origins: dict[KeyPath, str], new: dict[KeyPath, str], source: KeyPath,
         del origins[old]
     n = len(source)
     origins.update({target + p[n:]: where for p, where in new.items() if p[:n] == source})
+
+
+def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every scalar of a tree with its path."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, (*path, key))
+    else:
+        yield path, value
 
 
 def subtree(settings: Settings, path: KeyPath) -> Settings:

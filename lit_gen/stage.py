@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import lightning.pytorch as L
 import torch
@@ -14,9 +16,10 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_gen import interrupts
+from lit_gen import mistakes
 from lit_gen.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, newest
 from lit_gen.callbacks.pause import Pause
 from lit_gen.callbacks.progress import Progress
@@ -25,6 +28,12 @@ from lit_gen.cli import PAUSED, TRAINER_VERBS, as_words
 from lit_gen.errors import UserError
 from lit_gen.experiment import Run
 from lit_gen.methods.base import Method
+from lit_gen.settings import leaves
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
@@ -51,27 +60,45 @@ class Command(LightningCLI):
         self.verb, self.runs, self.argv = verb, runs, argv
         super().__init__(
             model_class=L.LightningModule,
-            datamodule_class=L.LightningDataModule,
+            datamodule_class=None,  # methods that distil a model need no data
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=None,
             seed_everything_default=0,
             parser_class=_Parser,
-            parser_kwargs={"parser_mode": "omegaconf+", **{v: {"parser_mode": "omegaconf+"} for v in TRAINER_VERBS}},
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "prog": "python -m lit_gen",
+                **{v: {"parser_mode": "omegaconf+"} for v in TRAINER_VERBS},
+            },
             auto_configure_optimizers=False,
             trainer_defaults={"enable_model_summary": False},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--vars", type=dict[str, Any] | None, default=None, help="Free values for ${vars.NAME}.")
-        parser.add_argument("--init_from", type=str | None, default=None, help="Checkpoint whose weights a run starts from.")
         parser.add_argument(
-            "--validate_first", type=bool, default=False, help='Validate before training too, kept as "before" in metrics.json.'
+            "--init_from", type=str | None, default=None, help="Checkpoint whose weights a run starts from."
+        )
+        parser.add_argument(
+            "--validate_first",
+            type=bool,
+            default=False,
+            help='Validate before training too, kept as "before" in metrics.json.',
         )
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config, *_ = [bind(parser, self.verb, run) for run in self.runs]
+        found: list[str] = []
+        self.bound: list[Namespace] = []
+        for run in self.runs:
+            try:
+                self.bound.append(bind(parser, self._parser(self.verb), self.verb, run))
+            except UserError as error:
+                found += [line for line in str(error).splitlines() if line not in found]
+        if found:
+            raise UserError("\n".join(found))
+        self.config = self.bound[0]
 
     def _parse_ckpt_path(self) -> None:
         """Not Lightning's: there a checkpoint's hyper-parameters silently override the settings."""
@@ -87,6 +114,7 @@ class Command(LightningCLI):
         kwargs["max_time"] = None
         kwargs["plugins"] = [*(self._get(self.config_init, "trainer").plugins or []), AtomicCheckpointIO()]
         callbacks = [Record(config, tuple(self.argv)), self.pause]
+        config = f"experiment: {run.name}\nrun_root: {run.root}\n{config}"
         if settings.trainer.enable_progress_bar is not False:
             callbacks.append(Progress(run.name))
         self.trainer_defaults["callbacks"] = callbacks
@@ -120,19 +148,22 @@ class Command(LightningCLI):
             self.trainer.validate(model, datamodule=kwargs.get("datamodule"), verbose=False)
 
 
-def bind(parser: LightningArgumentParser, verb: str, run: Run) -> Namespace:
-    """Check a run's settings against the signatures they name.
+def bind(parser: LightningArgumentParser, subparser: LightningArgumentParser, verb: str, run: Run) -> Namespace:
+    """Hold a run's settings against the signatures they name.
 
     Raises:
-        UserError: they do not fit.
+        UserError: they do not fit; one line per mistake.
     """
+    names = {key.split(".")[0] for key in subparser.get_defaults().keys()}
+    if found := mistakes.find(run, names - {"config"}):
+        raise UserError("\n".join(found))
     words = [verb, f"--config={json.dumps(run.settings.data)}", f"--trainer.default_root_dir={run.folder}"]
     try:
         return parser.parse_args([*words, *as_words(run.overrides)])
     except ParserError as error:
-        raise UserError(f"{run.name}: {error}") from None
+        raise UserError(f"{run.name}: {mistakes.shorten(str(error))}") from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{run.name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{run.name}: {mistakes.shorten(str(error))}") from None
 
 
 def load_weights(model: L.LightningModule, path: str) -> None:
@@ -148,18 +179,120 @@ def load_weights(model: L.LightningModule, path: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`run REQUEST...`, `help VERB WORDS...` or `print VERB SETTINGS WORDS...`; returns the exit status."""
-    interrupts.die_with_parent()
-    for name in ("lightning.pytorch", "lightning.fabric"):  # device tables and tips; warnings stay
+    """`run REQUEST...`, `bind REQUEST...`, `print REQUEST WORD` or `help VERB WORDS...`; returns the exit status."""
+    _quieten()
+    what, *rest = argv
+    if what == "help":
+        _Help(rest[0], rest[1:])
+    requests = [Run.read_request(Path(path)) for path in (rest[:1] if what == "print" else rest)]
+    verb, words, run = requests[0]
+    if what == "print":
+        _Print(verb, run, rest[1])
+    if what == "bind":
+        Binding(verb, [r for _, _, r in requests])
+        return 0
+    lock = _lock(run.folder)  # held until this process ends
+    try:
+        command = Command(verb, [r for _, _, r in requests], words)
+    except Exception as error:
+        raise _as_user_error(error, run) from error
+    del lock
+    return PAUSED if command.pause.paused else 0
+
+
+class _Help(Command):
+    """Prints the parser's own help and exits."""
+
+    def __init__(self, verb: str, words: list[str]) -> None:
+        self.words = words
+        super().__init__(verb, [], [])
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        parser.parse_args([self.verb, *self.words])
+
+
+class Binding(Command):
+    """Binds the settings of runs, kept in `bound`, and stops there."""
+
+    def __init__(self, verb: str, runs: list[Run]) -> None:
+        super().__init__(verb, runs, [])
+
+    def _set_seed(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+class _Print(Command):
+    """Prints a run's merged settings and exits."""
+
+    def __init__(self, verb: str, run: Run, word: str) -> None:
+        self.word = word
+        super().__init__(verb, [run], [])
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        run = self.runs[0]
+        parser.parse_args([self.verb, f"--config={json.dumps(run.settings.data)}", *as_words(run.overrides), self.word])
+
+
+def _as_user_error(error: Exception, run: Run) -> Exception:
+    """Lightning's objections to settings, and files that are not there, in one line; real bugs as they are."""
+    while isinstance(error, ValueError) and "Union subtypes" in str(error) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # jsonargparse wraps what a constructor raises
+    if isinstance(error, UserError):
+        return UserError(_located(str(error), run))
+    text = " ".join(str(error).split())
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return UserError(_located(f"{error.filename}: no such file or folder", run))
+    if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in text:
+        return UserError(
+            f"{run.name}: the checkpoint does not fit the model of these settings; use --fresh. {text[:300]}"
+        )
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    raised_by_lightning = frame is not None and frame.tb_frame.f_globals.get("__name__", "").startswith("lightning.")
+    if isinstance(error, MisconfigurationException) or (raised_by_lightning and isinstance(error, ValueError)):
+        return UserError(f"{run.name}: {text}")
+    return error
+
+
+def _located(message: str, run: Run) -> str:
+    """A message that quotes a setting's value, with the place where that value was written."""
+    tree = mistakes.with_overrides(run)
+    values = [(re.split(r"[{*?\[]", v)[0], path) for path, v in leaves(tree.data) if isinstance(v, str)]
+    quoted = [(len(v), tree.origin(path)) for v, path in values if len(v) > 2 and v in message]
+    where = max(quoted)[1] if quoted else ""
+    return message if not where or where in message else f"{where}: {message}"
+
+
+def _lock(folder: Path) -> TextIO | None:
+    """Keep a second process out of a run folder; the kernel lets go when this one ends, however it ends."""
+    if rank_zero_only.rank or fcntl is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    for _ in range(30):  # a process that was just killed may take a moment to go
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            time.sleep(1)
+        except OSError:  # a file system without locks
+            return None
+    raise UserError(f"{folder}: another process is using this run folder")
+
+
+def _quieten() -> None:
+    """Keep Lightning's tables and tips off the screen; warnings stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated")  # Lightning's, with torch 2.13
-    what, *rest = argv
-    if what == "run":
-        requests = [Run.read_request(Path(path)) for path in rest]
-        verb, words, run = requests[0]
-        command = Command(verb, [r for _, _, r in requests], words)
-        return PAUSED if command.pause.paused else 0
-    return 0
 
 
 def _without_root(settings: Namespace) -> Namespace:

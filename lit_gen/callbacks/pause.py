@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
-import time
 from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as L
 
 from lit_gen import interrupts
-from lit_gen.errors import UserError
-
-
-def seconds(limit: str | timedelta | dict[str, int]) -> float:
-    """`trainer.max_time` in seconds: "DD:HH:MM:SS", "HH:MM:SS", a timedelta or its arguments."""
-    if isinstance(limit, timedelta):
-        return limit.total_seconds()
-    if isinstance(limit, dict):
-        return timedelta(**limit).total_seconds()
-    if not re.fullmatch(r"(\d+:)?\d+:\d\d:\d\d", limit):
-        raise UserError(f"trainer.max_time: `{limit}` is not a time; write HH:MM:SS or DD:HH:MM:SS")
-    days, hours, minutes, secs = (int(part) for part in ("0:" * (3 - limit.count(":")) + limit).split(":"))
-    return timedelta(days=days, hours=hours, minutes=minutes, seconds=secs).total_seconds()
 
 
 class Pause(L.Callback):
@@ -38,8 +22,7 @@ class Pause(L.Callback):
     """
 
     def __init__(self, max_time: str | timedelta | dict[str, int] | None = None, every_n_steps: int = 10) -> None:
-        started = float(os.environ.get("LIT_GEN_STARTED", time.time()))
-        self.deadline = float("inf") if max_time is None else started + seconds(max_time)
+        self.max_time = max_time
         self.every_n_steps = every_n_steps
         self.paused = False
 
@@ -49,7 +32,7 @@ class Pause(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        wanted = interrupts.received is not None or time.time() > self.deadline
+        wanted = interrupts.received is not None or interrupts.time_is_up(self.max_time)
         if trainer.world_size > 1:
             if (batch_idx + 1) % self.every_n_steps:
                 return

@@ -39,8 +39,11 @@ class Progress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._tick, self._samples, self._step = time.monotonic(), 0, trainer.global_step
         self._end = int(min(trainer.estimated_stepping_batches, 1 << 40))
-        sizes = [sum(p.numel() for p in pl_module.parameters() if p.requires_grad or not wanted) for wanted in (True, False)]
-        self._print(f"{self.name}: {sizes[0]:,} of {sizes[1]:,} parameters are trained", stays=True)
+        sizes = [(p.numel(), p.requires_grad) for p in pl_module.parameters()]
+        trained = sum(size for size, trains in sizes if trains)
+        self._print(
+            f"{self.name}: {trained:,} of {sum(size for size, _ in sizes):,} parameters are trained", stays=True
+        )
         if trainer.global_step:
             self._print(f"{self.name}: continuing at step {trainer.global_step} of {self._end}", stays=True)
 
@@ -61,7 +64,8 @@ class Progress(ProgressBar):
 
     def _line(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
         step = trainer.global_step
-        parts = [f"{self.name}: step {step}/{self._end} ({100 * step / max(self._end, 1):.0f} %)", f"{self._rate:.1f} samples/s"]
+        percent = 100 * step / max(self._end, 1)
+        parts = [f"{self.name}: step {step}/{self._end} ({percent:.0f} %)", f"{self._rate:.1f} samples/s"]
         if self._steps_rate > 0:
             parts.append(f"left {timedelta(seconds=round((self._end - step) / self._steps_rate))}")
         values = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
@@ -86,9 +90,12 @@ class Progress(ProgressBar):
         names = {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("train")}
         told = ", ".join(f"{k} {float(v):.4g}" for k, v in names.items())
         before = " before training" if trainer.sanity_checking else f" at step {trainer.global_step}"
-        if not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf"):
+        if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
+            return
+        if trainer.sanity_checking or trainer.global_step:  # `validate` alone gets Lightning's table
             self._print(f"{self.name}: validated{before} in {now - self._validation_began:.0f} s: {told}", stays=True)
 
     def _print(self, line: str, stays: bool = False) -> None:
         if self.enabled:
-            print(f"\r\033[K{line}" if self.terminal else line, end="\n" if stays or not self.terminal else "", flush=True)
+            line = f"\r\033[K{line}" if self.terminal else line
+            print(line, end="\n" if stays or not self.terminal else "", flush=True)

@@ -95,13 +95,15 @@ class Record(L.Callback):
         self._write(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.metrics["train"] = {k: v for k, v in plain(trainer.logged_metrics).items() if k not in self.metrics.get("validate", {})}
+        validated = self.metrics.get("validate", {})
+        self.metrics["train"] = {k: v for k, v in plain(trainer.logged_metrics).items() if k not in validated}
         self._write(trainer)
 
     def _write(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
             if trainer.state.fn == "fit" or trainer.global_step > 0:  # else it has not trained and knows no step
-                self.metrics |= {"step": trainer.global_step, "samples": self.samples, "seconds": round(self.seconds, 2)}
+                clock = {"step": trainer.global_step, "samples": self.samples, "seconds": round(self.seconds, 2)}
+                self.metrics |= clock
             order = ("step", "samples", "seconds", "before", "validate", "test", "train", "history")
             ordered = {key: self.metrics[key] for key in order if key in self.metrics}
             _write(self.folder / "metrics.json", json.dumps(ordered, indent=1))

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import av
 import lightning.pytorch as L
 import numpy as np
 import torch
@@ -29,7 +28,9 @@ class Samples(L.Callback):
 
     # Not on_validation_end: there the averaged weights may already have been swapped out again.
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or not hasattr(pl_module, "preview"):
+        # With `validate_first` the sanity check is a whole validation, whose pictures are worth keeping.
+        partial = trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf")
+        if partial or not hasattr(pl_module, "preview"):
             return
         # On every rank, since a sharded model can only be called by all of them together.
         previews: dict[str, Tensor] = pl_module.preview()
@@ -66,6 +67,8 @@ def save(path: Path, picture: Tensor) -> Path:
         path = path.with_name(path.name + ".png")
         Image.fromarray(pixels).save(path)
         return path
+    import av  # only here: pictures need no video library
+
     path = path.with_name(path.name + ".mp4")
     # yuv420p plays everywhere, but wants even sides
     pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")

@@ -8,9 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Levels of the captions a scene gets, and how often each (ours).
-CAPTION_LEVELS = (("full", 0.75), ("partial", 0.15), ("short", 0.10))
-
 
 def write_captions(
     recipe: str, index: Tensor, split: str, seed: int, captions: int, tokenizer: str | None
@@ -26,14 +23,9 @@ def write_captions(
     scenes = sample(recipe, split, seed, index)
     texts: list[list[str]] = [[] for _ in range(len(index))]
     for version in range(captions):
-        generator = torch.Generator().manual_seed(int(index[0]) * 64 + version)
-        shares = torch.tensor([share for _, share in CAPTION_LEVELS])
-        level = torch.multinomial(shares, len(index), True, generator=generator) * (version > 0)
-        for i, (name, _) in enumerate(CAPTION_LEVELS):
-            rows = (level == i).nonzero()[:, 0]
-            if len(rows):
-                for row, caption in zip(rows.tolist(), write(scenes[rows], name, seed=seed + version), strict=True):
-                    texts[row].append(caption.text)
+        level = "mixed" if version else "full"
+        for row, caption in zip(texts, write(scenes, level, seed=seed + version), strict=True):
+            row.append(caption.text)
     if tokenizer is None:
         return texts, None
     from transformers import CLIPTokenizer

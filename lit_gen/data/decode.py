@@ -7,6 +7,7 @@ import json
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 from safetensors.numpy import load as load_safetensors
 
@@ -14,6 +15,9 @@ from lit_gen.data.shards import BadSample
 
 IMAGE = ("png", "jpg", "jpeg", "webp")
 VIDEO = ("mp4", "webm", "mov", "mkv", "avi")
+
+# PyAV 17 began to convert each frame with a thread per core, which takes longer than the work for small pictures.
+_ALONE = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 
 
 def read_image(data: bytes) -> Image.Image:
@@ -26,7 +30,8 @@ def read_video(data: bytes) -> np.ndarray:
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1  # starting threads costs more than a short clip takes
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        to_rgb = VideoReformatter()
+        frames = [to_rgb.reformat(frame, format="rgb24", **_ALONE).to_ndarray() for frame in container.decode(stream)]
     if not frames:
         raise ValueError("the video has no frames")
     return np.stack(frames)

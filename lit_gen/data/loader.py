@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lit_gen.data.decode import decode
+from lit_gen.data.facts import Facts
 from lit_gen.data.shards import BadSample, ShardError, ShardSet
 from lit_gen.errors import UserError
 
@@ -161,12 +162,14 @@ class ShardLoader:
             sampler=(start + own for start in starts),
             batch_size=None,
             num_workers=self.workers,
+            collate_fn=_as_it_is,
             generator=torch.Generator(),  # the default one would disturb the training's random numbers
         )
         return iter(loader)
 
     def _received(self, batch: dict[str, Any] | UserError) -> dict[str, Any]:
         if isinstance(batch, UserError):
+            self._stream = None  # ends the workers; the traceback would keep them
             raise batch
         for name, reason in batch.pop("replaced").items():
             if name not in self.bad:
@@ -176,6 +179,7 @@ class ShardLoader:
                     *(name, self.shards.source, reason, len(self.bad), len(self.shards)),
                 )
         if len(self.bad) > self.tolerance * len(self.shards):
+            self._stream = None
             name, reason = next(iter(self.bad.items()))
             raise ShardError(
                 f"{self.shards.source}: {len(self.bad)} of {len(self.shards)} samples cannot be read (more than "
@@ -185,7 +189,7 @@ class ShardLoader:
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack tensors along a new first dimension B and list everything else."""
+    """Stack tensors along a new first dimension B and list everything else, dicts as Facts."""
     batch = {}
     for key, first in samples[0].items():
         column = [sample[key] for sample in samples]
@@ -195,5 +199,10 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
                 raise ShardError(f"samples differ in the shape of {key}: {sorted(shapes)}; set `size` (and `frames`)")
             batch[key] = torch.stack(column)
         else:
-            batch[key] = column
+            batch[key] = Facts(column) if isinstance(first, dict) else column
+    return batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Spares the DataLoader its search for arrays to convert."""
     return batch

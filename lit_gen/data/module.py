@@ -18,6 +18,9 @@ from lit_gen.data.shards import ShardError, ShardSet
 from lit_gen.data.styled import StyleSample
 from lit_gen.data.videos import VideoSample
 
+# What each verb reads, so that nothing else is built for it.
+_SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+
 
 class Shards(L.LightningDataModule):
     """What all data modules share: building, opening and splitting sets over ranks; kinds of samples subclass it."""
@@ -46,7 +49,9 @@ class Shards(L.LightningDataModule):
         raise NotImplementedError
 
     def prepare_data(self) -> None:
-        for source in self.sources.values():
+        now = str(self.trainer.state.fn.value) if self.trainer and self.trainer.state.fn else ""
+        for split in _SPLITS_OF.get(now, self.sources):
+            source = self.sources[split]
             if source and Path(source).suffix in (".yaml", ".yml"):
                 from lit_gen.data.build import build
 

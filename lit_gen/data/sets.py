@@ -10,9 +10,15 @@ from pathlib import Path
 import yaml
 
 from lit_gen.data.shards import ShardError
+from lit_gen.world.grammar import LEVELS
+from lit_gen.world.recipes import RECIPES
 
-KINDS = ("images", "videos", "style")
-SPLITS = ("train", "val", "test")
+CHOICES = {
+    "kind": ("images", "videos", "style"),
+    "recipe": tuple(RECIPES),
+    "split": ("train", "val", "test"),
+    "level": LEVELS,
+}
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,8 @@ def _checked(cls: type, content: dict, where: str, **given):
             raise ShardError(f"{where}: {key} must be {wanted}, not {value!r}")
         if wanted == "int" and value < (0 if key == "seed" else 1):
             raise ShardError(f"{where}: {key} must be positive, not {value}")
-    choices = {"kind": KINDS, "split": SPLITS}
-    for key in choices.keys() & content.keys():
-        if content[key] not in choices[key]:
-            raise ShardError(f"{where}: {key} must be one of {', '.join(choices[key])}, not {content[key]!r}")
+        if key in CHOICES and value not in CHOICES[key]:
+            raise ShardError(f"{where}: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
     missing = [n for n, f in fields.items() if n not in content and _required(f)]
     if missing:
         raise ShardError(f"{where}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")

@@ -123,7 +123,9 @@ class ShardSet:
         try:
             index = json.loads((folder / INDEX).read_text())
         except FileNotFoundError:
-            raise ShardError(_not_found(folder / INDEX, source)) from None
+            if Path(source) != folder:
+                raise ShardError(f"{source} is not built; run python -m lit_gen data -c {source}") from None
+            raise ShardError(f"{folder} has no {INDEX}; name its tars themselves with '{folder}/*.tar'") from None
         except json.JSONDecodeError as error:
             raise ShardError(f"{folder / INDEX} is not valid JSON ({error}); build or pack the set again") from None
         if index.get("format") != FORMAT:
@@ -140,7 +142,7 @@ class ShardSet:
             raise ShardError(f"{source}: no shard matches")
         missing = [f for f in files if not f.is_file()]
         if missing:
-            raise ShardError(_not_found(missing[0], source))
+            raise ShardError(_not_found(missing[0]))
         tables = [Table.scan(f) for f in files]
         for file in (f for f, t in zip(files, tables, strict=True) if not t.complete):
             logger.warning("data: %s is truncated; only its whole samples are used", file)
@@ -240,8 +242,6 @@ def _present(shards: list[Shard], source: str | Path) -> list[Shard]:
     return shards
 
 
-def _not_found(path: Path, source: str | Path) -> str:
-    folder = path.parent if path.name == INDEX else path
-    near = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.glob("*")], n=1)
-    guess = f"; did you mean {folder.parent / near[0]}?" if near and near[0] != folder.name else ""
-    return f"{source}: {path} does not exist{guess}"
+def _not_found(path: Path) -> str:
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
+    return f"{path} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else "")

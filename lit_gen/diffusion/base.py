@@ -74,6 +74,18 @@ def load_base(
     Raises:
         UserError: nothing there, a part missing, or offline and not cached; one line with the nearest name.
     """
+    with quietly():
+        return _load_base(path, motion, parts, dtype, image_encoder, config)
+
+
+def _load_base(
+    path: str,
+    motion: str | None,
+    parts: Sequence[str],
+    dtype: torch.dtype,
+    image_encoder: str | None,
+    config: str | None,
+) -> Base:
     wanted = set(parts) | ({"motion_adapter"} if motion else set()) | ({"image_encoder"} if image_encoder else set())
     loaded: dict[str, Any] = {}
     pipeline_parts = [p for p in PIPELINE_PARTS if p in wanted]
@@ -170,6 +182,23 @@ def _nearest(name: str, folder: Path) -> str:
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     near = difflib.get_close_matches(name, names, n=1)
     return f" (did you mean {str(folder / near[0])!r}?)" if near else ""
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the libraries' progress bars and their remarks on casts that change nothing."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    level, bars = diffusers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

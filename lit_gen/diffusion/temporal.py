@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
-from torch import nn
+from torch import Tensor, nn
 
+from lit_gen.diffusion.base import quietly
 from lit_gen.errors import UserError
 
 SPATIAL = ("conv_in", "time_proj", "time_embedding", "conv_norm_out", "conv_act", "conv_out")
@@ -23,7 +24,8 @@ def motion_unet(unet: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotio
         UserError: the adapter was made for another UNet.
     """
     try:
-        motion = UNetMotionModel.from_unet2d(unet, adapter)
+        with quietly():
+            motion = UNetMotionModel.from_unet2d(unet, adapter)
     except (ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"the motion adapter does not fit this base's UNet: {first}") from error
@@ -37,7 +39,16 @@ def motion_unet(unet: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotio
         for name in SPATIAL_IN_BLOCK:
             if getattr(ours, name, None) is not None:
                 setattr(theirs, name, getattr(ours, name))
+    for modules in motion_modules(motion):
+        for module in modules:
+            module.norm.register_forward_pre_hook(_contiguous)
     return motion.to(unet.device).requires_grad_(False).eval()
+
+
+def _contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # On CPUs torch 2.13 crashes in the backward pass of a channels_last GroupNorm over clips whose input needs no
+    # gradient, which is the case of the first motion module behind frozen layers.
+    return tuple(x.contiguous() for x in inputs)
 
 
 def motion_modules(unet: UNetMotionModel) -> Iterator[nn.Module]:

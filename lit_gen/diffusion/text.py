@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_gen.errors import UserError
 
 log = logging.getLogger(__name__)
+_told: list[str] = []
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], strict: bool = False) -> Tensor:
@@ -27,7 +28,9 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], strict: bool = False) -> Te
         message = f"prompt of {count} tokens is longer than the {length - 2} this base reads: {prompt!r}"
         if strict:
             raise UserError(message)
-        log.warning("%s; the rest is cut off", message)
+        if not _told:  # once: a data set may have thousands
+            log.warning("%s; the rest is cut off, here and in other prompts", message)
+            _told.append(message)
     # the end token stays the last one, as truncation by the tokenizer itself would leave it
     return torch.tensor([row if len(row) == length else [*row[: length - 1], row[-1]] for row in ids])
 

@@ -24,7 +24,9 @@ class Optimizer:
         betas: decay of the first and second moment.
         weight_decay: decoupled weight decay.
         warmup_steps: optimizer steps of linear warm-up from zero.
-        schedule: what follows the warm-up; cosine and linear reach zero at `trainer.max_steps`.
+        schedule: what follows the warm-up; all but constant reach zero at `trainer.max_steps`. A trapezoid stays at
+            the peak for three quarters of the steps and falls linearly in the last, so that a run can be given more
+            steps, or fewer, long after it started.
         clip_norm: clip the global gradient norm to this value; 0 for no clipping.
     """
 
@@ -32,7 +34,7 @@ class Optimizer:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     warmup_steps: int = 0
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    schedule: Literal["constant", "cosine", "linear", "trapezoid"] = "constant"
     clip_norm: float = 1.0
 
     def factor(self, step: int, max_steps: int) -> float:
@@ -42,6 +44,8 @@ class Optimizer:
         if self.schedule == "constant" or max_steps <= 0:
             return 1.0
         done = min((step - self.warmup_steps) / max(max_steps - self.warmup_steps, 1), 1.0)
+        if self.schedule == "trapezoid":
+            return min(1.0, 4 * (1 - step / max_steps))
         return 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
 
 

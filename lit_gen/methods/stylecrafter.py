@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from lit_gen.callbacks.samples import contact_sheet, save
 from lit_gen.data.facts import scenes_from_facts
+from lit_gen.data.styled import strip_style
 from lit_gen.diffusion.attention import Style, attach_style
 from lit_gen.diffusion.base import PIPELINE_PARTS, load_base
 from lit_gen.diffusion.image_prompt import encode_image
@@ -106,6 +107,8 @@ class StyleCrafter(Method):
         self.frames = frames or (8 if stage == "temporal" else 1)
         extra = ("image_encoder", "motion_adapter") if stage == "temporal" else ("image_encoder",)
         self.base = load_base(base, motion, (*PIPELINE_PARTS, *extra), image_encoder=image_encoder, config=config)
+        for convolutional in (self.base.vae, self.base.unet):  # the faster layout, on CPUs too
+            convolutional.to(memory_format=torch.channels_last)
         self.schedule = Schedule(self.base.scheduler)
         # After the base is loaded: the style layers start from its text keys and values.
         self.adapter = StyleAdapter(self.base.unet, self.base.image_encoder.config.hidden_size, adapter)
@@ -152,13 +155,14 @@ class StyleCrafter(Method):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         kind = "clips" if "video" in batch else "pictures"
         loss = self.loss(batch).mean()
-        self.log(f"loss/{kind}", loss, prog_bar=True, batch_size=len(batch["caption"]))
+        self.log(f"train/loss on {kind}", loss, prog_bar=True, batch_size=len(batch["caption"]))
         return loss
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Noise prediction error per sample [B] of a batch of pictures or clips."""
-        text = self.text(batch["caption"])
-        if "video" in batch:
+        clips = "video" in batch  # whose captions come as they are; those of pictures are stripped by their data module
+        text = self.text([strip_style(c) for c in batch["caption"]] if clips else batch["caption"])
+        if clips:
             video = batch["video"]
             latents = self.base.encode(video.flatten(0, 1)).unflatten(0, video.shape[:2])  # B F C h w
             # Unpublished in the paper; a frame of the clip itself, as the pictures' references come from themselves.
@@ -170,10 +174,10 @@ class StyleCrafter(Method):
                 # A clip of one frame: temporal attention then sees only itself, the identity mask of the paper's code.
                 latents = latents[:, None]
         style = self.style(references, text)
-        if self.drop_style > 0:
-            style.mask = (torch.rand(len(text), device=text.device) >= self.drop_style).to(style.scale.dtype)
         noise = torch.randn_like(latents)
         t = self.schedule.sample_timesteps(len(latents), latents.device)
+        if self.drop_style > 0:
+            style.mask = (torch.rand(len(text), device=text.device) >= self.drop_style).to(style.scale.dtype)
         output = self.network(self.schedule.add_noise(latents, noise, t), t, text, style)
         return self.schedule.loss(output, latents, noise, t)
 
@@ -232,7 +236,7 @@ class StyleCrafter(Method):
         batch = real_samples(batch)
         if not batch["caption"]:
             return
-        self.log("loss/validation", self.loss(batch).mean(), batch_size=len(batch["caption"]), sync_dist=True)
+        self.log("validation loss", self.loss(batch).mean(), batch_size=len(batch["caption"]), sync_dist=True)
         if "video" in batch:
             self.validate_clips(batch, batch_idx)
         else:
@@ -259,28 +263,25 @@ class StyleCrafter(Method):
     def validate_clips(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Score each prompt's clip in the style of another clip against real clips of those styles."""
         chosen, video = partners(batch), batch["video"]
+        captions = [strip_style(caption) for caption in batch["caption"]]
         references = random_view(video[chosen, 0], self.style_zoom)
         seeds = [seed_of(key) for key in batch["key"]]
-        clips = self.sample(batch["caption"], references, seeds, frames=video.shape[1])
+        clips = self.sample(captions, references, seeds, frames=video.shape[1])
         known = all("style_parameters" in facts for facts in batch["facts"])
         scenes = scenes_from_facts(batch["facts"]).to(self.device) if known else None
         self.clip_scores.update(clips, video, scenes, scenes.style_parameters[chosen] if known else None)
         if batch_idx == 0:
             rows = [list(references[:4]), list(clips[:4]), list(video[:4])]
-            self._shown = {"clips": contact_sheet(rows, batch["caption"][:4], ["reference", "generated", "real clip"])}
+            self._shown = {"clips": contact_sheet(rows, captions[:4], ["reference", "generated", "real clip"])}
 
     def on_validation_epoch_end(self) -> None:
-        for name, scores in self.scores.items():
-            self.log_scores(name, scores.compute())
-        if self.scores:
-            ratio = self.trainer.callback_metrics[f"{ADAPTER}/style error"]
-            self.log("style error, adapter over words", ratio / self.trainer.callback_metrics[f"{WORDS}/style error"])
+        scores = {name: scores.compute() for name, scores in self.scores.items()}
         if self.clip_scores is not None:
-            self.log_scores("clips", self.clip_scores.compute())
-
-    def log_scores(self, group: str, scores: dict[str, Tensor]) -> None:
-        # The metrics have already been summed over ranks.
-        self.log_dict({f"{group}/{name}": value for name, value in scores.items()}, sync_dist=False)
+            scores["clips"] = self.clip_scores.compute()
+        for group, values in scores.items():  # the metrics have already been summed over ranks
+            self.log_dict({f"{group}/{name}": value for name, value in values.items()})
+        if self.scores:
+            self.log("style error, adapter over words", scores[ADAPTER]["style error"] / scores[WORDS]["style error"])
 
     def preview(self) -> dict[str, Tensor]:
         """What the last validation drew, for the `Samples` callback."""
@@ -295,6 +296,10 @@ class StyleCrafter(Method):
         return contact_sheet(rows, prompts, list(references))
 
     # -- prediction ---------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        if stage == "predict":  # else Lightning asks the experiment's data module, which knows no prompts
+            self.trainer.predict_loop._data_source.instance = self
 
     def predict_dataloader(self) -> DataLoader:
         """Each reference with all prompts.

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lit_gen.metrics.reading import Reading
 from lit_gen.metrics.supervision import all_orders, arrange, colour_shows
+from lit_gen.world.grammar import Caption
 from lit_gen.world.scene import Scenes
-from lit_gen.world.vocabulary import FLOORS, RELATIONS, VIEWS
+from lit_gen.world.vocabulary import ABSENT, FLOORS, OBJECTS_PER_SCENE, RELATIONS, VIEWS
 
 _NEXT = RELATIONS.index("next to")  # the last one
 OBJECT_ATTRIBUTES = ("shape", "colour", "pattern", "marked", "relation")
@@ -70,8 +71,8 @@ def compare(reading: Reading, scenes: Scenes, order: Tensor | None = None, legib
     anchored = there & (scenes.relation >= 0) & (scenes.anchor >= 0)
     counted = {
         "shape": there,
-        "colour": there & colour_shows(scenes),
-        "pattern": ordinary,
+        "colour": there & colour_shows(scenes) & (scenes.colour >= 0),
+        "pattern": ordinary & (scenes.pattern >= 0),
         "marked": there & (frontal & ~scenes.normals)[:, None],
         "relation": anchored & there.gather(1, scenes.anchor.clamp(min=0)),
     }
@@ -86,7 +87,7 @@ def compare(reading: Reading, scenes: Scenes, order: Tensor | None = None, legib
         "view": scenes.view >= 0,
         "style": plain & (scenes.style > 0),
         "photo": plain & (scenes.style == 0),
-        "time": plain & (scenes.style == 0) & (scenes.floor != FLOORS.index("backdrop")),
+        "time": plain & (scenes.time >= 0) & (scenes.style == 0) & (scenes.floor != FLOORS.index("backdrop")),
         "normals": torch.ones_like(plain),
     }
     right |= {
@@ -103,6 +104,31 @@ def compare(reading: Reading, scenes: Scenes, order: Tensor | None = None, legib
         every = every & (good if good.dim() == 1 else good.all(1))
     right["all"], counted["all"] = every, torch.ones_like(plain)
     return Agreement(right, counted, order)
+
+
+def as_stated(scenes: Scenes, captions: list[Caption]) -> Scenes:
+    """The scenes as far as their captions (B) tell: what is unsaid is -1 (marks: False), so that it does not count.
+
+    The style stays: a caption that names none asks for a photo. A view word counts where the picture can show it.
+    """
+    device, slots = scenes.kind.device, range(OBJECTS_PER_SCENE)
+    objects = [[c.facts["objects"].get(k, {}) for k in slots] for c in captions]
+    related = [[any(r[0] == k for r in c.facts["relations"]) for k in slots] for c in captions]
+
+    def known(value: Tensor, said: list) -> Tensor:
+        return value.where(torch.tensor(said, device=device), torch.full_like(value, ABSENT))
+
+    def attribute(name: str) -> list[list[bool]]:
+        return [[name in stated for stated in row] for row in objects]
+
+    return scenes.replace(
+        **{name: known(getattr(scenes, name), attribute(name)) for name in ("kind", "colour", "pattern", "size")},
+        marked=scenes.marked & torch.tensor(attribute("marked"), device=device),
+        relation=known(scenes.relation, related),
+        view=known(scenes.view, ["view" in c.facts for c in captions]),
+        time=known(scenes.time, ["time" in c.facts for c in captions]),
+        floor=known(scenes.floor, ["floor" in c.facts for c in captions]),
+    )
 
 
 def _object_answers(reading: Reading, scenes: Scenes, slot: Tensor) -> dict[str, Tensor]:

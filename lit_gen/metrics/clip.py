@@ -5,6 +5,7 @@ Blunt beside the oracle, but what papers report, and all there is for pictures o
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from lit_gen.errors import UserError
 
@@ -21,8 +23,8 @@ class CLIPEncoders(nn.Module):
     """Text and image towers that share one space.
 
     Args:
-        folder: either a transformers CLIP folder, or a base folder with tokenizer/, text_encoder/ (whose pooled output is
-            the text embedding), image_encoder/ and feature_extractor/.
+        folder: either a transformers CLIP folder, or a base folder with tokenizer/, text_encoder/ (whose pooled output
+            is the text embedding), image_encoder/ and feature_extractor/.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -32,17 +34,23 @@ class CLIPEncoders(nn.Module):
         parts = ("config.json",) if self.joint else ("tokenizer", "text_encoder", "image_encoder", "feature_extractor")
         missing = [name for name in parts if not (folder / name).exists()]
         if missing:
-            raise UserError(f"{folder}: neither a CLIP folder nor a base folder with its own CLIP ({missing[0]} is missing)")
+            raise UserError(f"{folder}: neither a CLIP folder nor a base with its own CLIP ({missing[0]} is missing)")
         if self.joint:
             self.text = self.vision = CLIPModel.from_pretrained(folder)
         else:
             self.text = CLIPTextModel.from_pretrained(folder / "text_encoder")
             self.vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder")
         self.tokenizer = CLIPTokenizer.from_pretrained(folder if self.joint else folder / "tokenizer")
-        processor = CLIPImageProcessor.from_pretrained(folder if self.joint else folder / "feature_extractor")
+        # Read as plain numbers: the processor classes want torchvision, and resize on the CPU.
+        processor = folder / ("" if self.joint else "feature_extractor") / "preprocessor_config.json"
+        normal = json.loads(processor.read_text()) if processor.is_file() else {}
         self.size = self.vision.config.vision_config.image_size if self.joint else self.vision.config.image_size
-        self.register_buffer("mean", torch.tensor(processor.image_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(processor.image_std).view(3, 1, 1), persistent=False)
+        self.register_buffer(
+            "mean", torch.tensor(normal.get("image_mean", OPENAI_CLIP_MEAN)).view(3, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "std", torch.tensor(normal.get("image_std", OPENAI_CLIP_STD)).view(3, 1, 1), persistent=False
+        )
         self.eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -60,7 +60,8 @@ def degrade(images: Tensor, frames: int = 1, strength: float = 1.0) -> Tensor:
         soft = _blur(x)
         x = x + sometimes(0.6) * strength * draw(-0.25, 1.0) * (soft - x)  # negative: oversharp, as samplers can be
         x = x + sometimes(0.3) * strength * draw(0.0, 1.0) * (_blur(_blur(soft)) - x)
-        cloud = F.interpolate(torch.randn(b, 3, x.shape[-2] // 8, x.shape[-1] // 8, device=device), x.shape[-2:], mode="bilinear")
+        cloud = torch.randn(b, 3, x.shape[-2] // 8, x.shape[-1] // 8, device=device)
+        cloud = F.interpolate(cloud, x.shape[-2:], mode="bilinear")
         x = x + sometimes(0.4) * strength * draw(0.0, 0.06) * cloud
         x = x + sometimes(0.5) * strength * draw(0.0, 0.08) * torch.randn_like(x)
         x = torch.where(sometimes(0.25) > 0, _codec(x, strength * draw(0.02, 0.15) + 1e-3), x)

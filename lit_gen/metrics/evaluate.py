@@ -1,6 +1,6 @@
 """How good is the oracle itself? Its answers on held-out renders, and the table of them in its card.
 
-    python -m lit_gen oracle            # prints the figures of data/oracle and writes them into its README.md
+python -m lit_gen.metrics.evaluate    # prints the figures of data/oracle and writes them into its README.md
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def judge(oracle: Oracle, images: Tensor, scenes: Scenes, instance: Tensor) -> F
     add("size", arrange(reading.size, order) == scenes.size, legible & (scenes.kind >= 0))
     add("special", arrange(reading.special, order) == (scenes.subject >= 0), legible & plain[:, None])
     add("floor", reading.floor == scenes.floor, plain & (scenes.style == 0))
-    add("style error", style_error(reading.style_parameters, scenes.style_parameters), plain)
-    add("facing error", _degrees(arrange(reading.facing, order) - truth.facing), _faced(truth, scenes) & legible)
-    add("elevation error", _degrees(reading.elevation - scenes.elevation), plain)
-    add("box error", 64 * (arrange(reading.box, order) - truth.box).abs().mean(-1), legible)
+    add("style_error", style_error(reading.style_parameters, scenes.style_parameters), plain)
+    add("facing_error", _degrees(arrange(reading.facing, order) - truth.facing), _faced(truth, scenes) & legible)
+    add("elevation_error", _degrees(reading.elevation - scenes.elevation), plain)
+    add("box_error", 64 * (arrange(reading.box, order) - truth.box).abs().mean(-1), legible)
     add("iou", mask_iou(reading, instance), legible)
     return found
 
@@ -103,13 +103,13 @@ ROWS = {  # name -> (how it is printed, columns it says something about; all whe
     "floor": ("%", ("photo", "times", "pairs")),
     "normals": ("%", ()),
     "special": ("%", ()),
-    "style error": ("", ()),
-    "facing error": ("deg", ()),
-    "elevation error": ("deg", ()),
-    "box error": ("px", ()),
+    "style_error": ("", ()),
+    "facing_error": ("deg", ()),
+    "elevation_error": ("deg", ()),
+    "box_error": ("px", ()),
     "iou": ("", ()),
 }
-BEGIN, END = "<!-- figures: written by `python -m lit_gen oracle` -->", "<!-- end of figures -->"
+BEGIN, END = "<!-- figures: written by `python -m lit_gen.metrics.evaluate` -->", "<!-- end of figures -->"
 
 
 def _pieces(recipe: str, count: int, device: torch.device, chunk: int = 256) -> list[Scenes]:
@@ -153,7 +153,7 @@ def as_markdown(table: dict[str, dict[str, float]]) -> str:
                 cells.append("")
             else:
                 cells.append({"%": f"{100 * value:.1f}", "": f"{value:.3f}"}.get(unit, f"{value:.1f}"))
-        lines.append(f"| {name}{f' ({unit})' if unit else ''} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name.replace('_', ' ')}{f' ({unit})' if unit else ''} | " + " | ".join(cells) + " |")
     lines += ["", "| | videos | styled videos |", "|---|---|---|"]
     for name, label in {"motion": "motion class (%)", "mover": "moving object: shape and colour (%)"}.items():
         lines.append(f"| {label} | {100 * table['videos'][name]:.1f} | {100 * table['styled videos'][name]:.1f} |")
@@ -173,9 +173,10 @@ def write_card(card: Path, text: str) -> None:
     card.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
-def main(argv: list[str]) -> int:
-    """`python -m lit_gen oracle`."""
-    parser = argparse.ArgumentParser(prog="python -m lit_gen oracle", description="Measure the oracle on held-out renders.")
+def main(argv: list[str] | None = None) -> int:
+    """`python -m lit_gen.metrics.evaluate`."""
+    about = "Measure the oracle on held-out renders."
+    parser = argparse.ArgumentParser(prog="python -m lit_gen.metrics.evaluate", description=about)
     parser.add_argument("--oracle", default="data/oracle", help="folder of the oracle")
     parser.add_argument("--count", type=int, default=1024, help="renders per column of the table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
@@ -189,3 +190,7 @@ def main(argv: list[str]) -> int:
     if not args.no_card:
         write_card(Path(args.oracle) / "README.md", text)
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -39,7 +39,7 @@ GLOBAL_HEADS = {
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions with batch norm around a skip."""
+    """Two 3x3 convolutions with batch norm around a skip; stride 1 keeps the number of channels."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
         super().__init__()
@@ -47,8 +47,8 @@ class Residual(nn.Module):
         self.norm_first = nn.BatchNorm2d(outputs)
         self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.norm_second = nn.BatchNorm2d(outputs)
-        same = inputs == outputs and stride == 1
-        self.skip = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride)
+        # Pooled, not strided: nothing is thrown away, and oneDNN crashes in the backward of some strided 1x1 ones.
+        self.skip = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(inputs, outputs, 1)) if stride == 2 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm_first(self.first(x)), inplace=True)
@@ -113,19 +113,21 @@ class ImageReader(nn.Module):
         self.smooth = nn.Conv2d(pixel, pixel, 3, 1, 1)
 
         self.memory16, self.memory8 = nn.Conv2d(c, width, 1), nn.Conv2d(d, width, 1)
-        self.place = nn.Parameter(torch.randn(256, width) * 0.02)
+        self.place = nn.Parameter(torch.randn(256, width) * 0.2)
         self.queries = nn.Parameter(torch.randn(words.OBJECTS_PER_SCENE + 1, width))
         self.decoder = nn.ModuleList(Layer(width, cross=True) for _ in range(layers))
         self.to_mask = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, pixel))
 
         # What lies under a slot's own mask says its colour and pattern; statistics over the picture say its style.
-        self.under_mask = nn.Sequential(nn.LayerNorm(a + b + c), nn.Linear(a + b + c, width), nn.GELU())
-        self.statistics = nn.Sequential(nn.LayerNorm(2 * (a + b + c)), nn.Linear(2 * (a + b + c), width), nn.GELU())
+        self.under_mask = nn.Sequential(nn.LayerNorm(a + b + c + d), nn.Linear(a + b + c + d, width), nn.GELU())
+        self.statistics = nn.Sequential(
+            nn.LayerNorm(2 * (a + b + c + d)), nn.Linear(2 * (a + b + c + d), width), nn.GELU()
+        )
         self.refine = nn.ModuleList([Layer(width, cross=False)])
         self.norm = nn.LayerNorm(width)
         self.slot_head = nn.Linear(width, sum(SLOT_HEADS.values()))
         self.global_head = nn.Linear(width, sum(GLOBAL_HEADS.values()))
-        styles = len(STYLE_PARAMETERS) + len(CIRCULAR)
+        styles = len(STYLE_PARAMETERS) + 2 * len(CIRCULAR)
         self.style_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, styles))
         self.relation_head = nn.Sequential(
             nn.Linear(2 * width, width // 2), nn.GELU(), nn.Linear(width // 2, len(words.RELATIONS))
@@ -150,7 +152,7 @@ class ImageReader(nn.Module):
             tokens = layer(tokens, memory)
         mask = torch.einsum("bkc,bchw->bkhw", self.to_mask(tokens[:, :-1]), pixels)
 
-        tokens = tokens + self._evidence(mask, (x64, x32, x16))
+        tokens = tokens + self._evidence(mask, (x64, x32, x16, x8))
         for layer in self.refine:
             tokens = layer(tokens)
         tokens = self.norm(tokens)

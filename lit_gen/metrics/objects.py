@@ -20,8 +20,8 @@ def subject_embedding(reading: Reading) -> Tensor:
 
 
 class SubjectSimilarity(OracleMetric):
-    """`similarity`: mean cosine between the subject's embedding in a picture and in its reference; `identity`: how often
-    the own reference is the nearest among a gallery (those of all pictures seen with it, or distractors given).
+    """`similarity`: mean cosine between the subject's embedding in a picture and in its reference; `identity`: how
+    often it is nearer to its own reference than to any distractor.
 
     Args:
         oracle: an oracle or the folder of one.
@@ -35,16 +35,17 @@ class SubjectSimilarity(OracleMetric):
         self.add_state("identified", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("pictures", torch.tensor(0.0), dist_reduce_fx="sum")
 
-    def update(self, images: Tensor | Reading, references: Tensor | Reading, distractors: Tensor | Reading | None = None) -> None:
-        """images and their references: B 3 H W in [-1, 1], or readings. distractors: N pictures of other subjects; the
-        batch's other references when None, which must then show different subjects."""
-        own = subject_embedding(self.read(references))
-        cosine = subject_embedding(self.read(images)) @ own.T  # B B
-        right = cosine.diagonal()
+    def update(
+        self, images: Tensor | Reading, references: Tensor | Reading, distractors: Tensor | Reading | None = None
+    ) -> None:
+        """images and their references: B 3 H W in [-1, 1], or readings. distractors: N pictures of other subjects; when
+        None, the batch's other references, which must then show different subjects."""
+        shown, own = (subject_embedding(self.read(x)) for x in (images, references))
+        right = (shown * own).sum(-1)
         if distractors is None:
-            others = cosine.masked_fill(torch.eye(len(own), dtype=torch.bool, device=own.device), -1)
+            others = (shown @ own.T).masked_fill(torch.eye(len(own), dtype=torch.bool, device=own.device), -1)
         else:
-            others = subject_embedding(self.read(images)) @ subject_embedding(self.read(distractors)).T
+            others = shown @ subject_embedding(self.read(distractors)).T
         self.similarity += right.sum()
         self.identified += (right > others.amax(1)).sum()
         self.pictures += len(own)

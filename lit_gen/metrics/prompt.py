@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lit_gen.metrics.agreement import ATTRIBUTES, compare
+from lit_gen.metrics.agreement import ATTRIBUTES, as_stated, compare
 from lit_gen.metrics.oracle import Oracle, bundled
 from lit_gen.metrics.reading import Reading
+from lit_gen.world.grammar import Caption
 from lit_gen.world.scene import Scenes
 
 
@@ -52,8 +53,10 @@ class PromptAccuracy(OracleMetric):
         self.add_state("right", torch.zeros(len(ATTRIBUTES)), dist_reduce_fx="sum")
         self.add_state("counted", torch.zeros(len(ATTRIBUTES)), dist_reduce_fx="sum")
 
-    def update(self, images: Tensor | Reading, scenes: Scenes) -> None:
-        """images: B 3 H W in [-1, 1] or their reading; scenes: B scenes that the prompts describe."""
+    def update(self, images: Tensor | Reading, scenes: Scenes, captions: list[Caption] | None = None) -> None:
+        """images: B 3 H W in [-1, 1] or their reading; scenes: B scenes that the prompts describe; captions: the B
+        prompts, where only what they say shall count."""
+        scenes = scenes if captions is None else as_stated(scenes, captions)
         agreement = compare(self.read(images), scenes)
         self.right += torch.stack([(agreement.right[n] & agreement.counted[n]).sum() for n in ATTRIBUTES])
         self.counted += torch.stack([agreement.counted[n].sum() for n in ATTRIBUTES])
@@ -66,7 +69,7 @@ class PromptAccuracy(OracleMetric):
 
 
 class ContentAccuracy(OracleMetric):
-    """Share of object attributes (shape, colour, pattern) and relations that are as the prompt says, whatever the style.
+    """Share of the objects' attributes and relations that are as the prompt says, whatever the style.
 
     Args:
         oracle: an oracle or the folder of one.

@@ -80,7 +80,7 @@ class VideoReading:
 
 
 def circular_mean(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Angle (radians, -pi..pi) and certainty (0..1) of a distribution over FACING_BINS bins of the circle (... bins)."""
+    """Angle (radians, -pi..pi) and certainty (0..1) of a distribution over bins of the circle (... FACING_BINS)."""
     angle = torch.arange(FACING_BINS, device=logits.device) * (2 * math.pi / FACING_BINS)
     probability = logits.float().softmax(-1)
     # Round the best bin only, so that "either left or right" does not average to "front".

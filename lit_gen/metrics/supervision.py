@@ -221,7 +221,8 @@ def _columns(x: Tensor, columns: tuple[int, ...]) -> Tensor:
 
 def _classes(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy over the last axis, averaged where target >= 0."""
-    return _mean(F.cross_entropy(logits.float().flatten(0, -2), target.clamp(min=0).flatten(), reduction="none"), target.flatten() >= 0)
+    target = target.flatten()
+    return _mean(F.cross_entropy(logits.float().flatten(0, -2), target.clamp(min=0), reduction="none"), target >= 0)
 
 
 def _binary(logit: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -250,7 +251,8 @@ def losses(out: dict[str, Tensor], truth: Targets, order: Tensor) -> dict[str, T
     log = arrange(out["facing"], order).float().log_softmax(-1)
     loss["facing"] = _mean(-(soft_bins * log).sum(-1), truth.faced)
 
-    loss["relation"] = _classes(arrange(arrange(out["relation"], order).transpose(1, 2), order).transpose(1, 2), truth.relation)
+    related = arrange(arrange(out["relation"], order).transpose(1, 2), order).transpose(1, 2)
+    loss["relation"] = _classes(related, truth.relation)
     for name in ("style", "time", "floor", "view"):
         loss[name] = _classes(out[name], getattr(truth, name))
     plain = ~truth.normals

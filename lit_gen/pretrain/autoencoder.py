@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_gen.callbacks.samples import contact_sheet
 from lit_gen.methods.base import Optimizer
 from lit_gen.pretrain.architecture import build_autoencoder
 from lit_gen.pretrain.part import BasePart
@@ -53,12 +54,12 @@ class Autoencoder(BasePart):
         self.log("val/psnr", psnr.mean(), batch_size=len(psnr), sync_dist=True)
         self.log("val/psnr_photo", psnr[photo].mean(), batch_size=int(photo.sum()), sync_dist=True)
         self.log("val/latent_std", latent.mean.float().std(), batch_size=len(psnr), sync_dist=True)
-        if batch_idx == 0 and self.logger:
-            rows = torch.stack([image[:12], restored[:12]], 1).flatten(0, 1)
-            grid = rows.view(6, 4, *rows.shape[1:]).permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3)
-            self.logger.experiment.add_image(
-                "val/original_and_restored", grid.add(1).div(2).clamp(0, 1), self.global_step
-            )
+        if batch_idx == 0:
+            self._shown = torch.stack([image[:8], restored[:8]])
+
+    def preview(self) -> dict[str, Tensor]:
+        """Originals above what the autoencoder makes of them."""
+        return {"original and restored": contact_sheet(self._shown)}
 
     def parts(self) -> dict[str, Any]:
         # diffusion models expect latents of unit variance

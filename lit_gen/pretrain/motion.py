@@ -8,6 +8,7 @@ import torch
 from diffusers import UNetMotionModel
 from torch import Tensor
 
+from lit_gen.callbacks.samples import contact_sheet
 from lit_gen.diffusion.base import load_base
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.diffusion.sampling import classifier_free, ddim, noise_from
@@ -26,8 +27,8 @@ class Motion(BasePart):
         drop_text: share of training clips whose caption is replaced by the empty one.
         min_snr: gamma of the min-SNR loss weight; null for none.
         compile: compile the network with torch.compile.
-        guidance: classifier-free guidance scale of the clips drawn in validation.
-        sample_steps: DDIM steps of the clips drawn in validation; 0 draws none.
+        guidance: classifier-free guidance scale of the clips drawn after validation.
+        sample_steps: DDIM steps of the clips drawn after validation; 0 draws none.
         export: folder of the base the result is written to; null writes nothing.
         optimizer: settings of the optimizer.
     """
@@ -83,11 +84,15 @@ class Motion(BasePart):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.log("val/loss", self.loss(batch), batch_size=len(batch["tokens"]), sync_dist=True)
-        if batch_idx == 0 and self.sample_steps and self.logger and self.global_rank == 0:
-            clips = self.draw(batch["tokens"][:8])
-            strips = clips.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3)  # a row a clip
-            self.logger.experiment.add_image("val/clips", strips.add(1).div(2), self.global_step)
-            self.logger.experiment.add_text("val/prompts", "\n\n".join(batch["caption"][:8]), self.global_step)
+        if batch_idx == 0:
+            self._shown = batch["tokens"][:8]
+
+    def preview(self) -> dict[str, Tensor]:
+        """Clips of the first validation prompts, as films and as strips."""
+        if not self.sample_steps:
+            return {}
+        clips = self.draw(self._shown)
+        return {"clips": contact_sheet([clips]), "strips": contact_sheet(clips)}
 
     @torch.no_grad()
     def draw(self, tokens: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,6 @@ from lit_gen.metrics.evaluate import judge, judge_motion
 from lit_gen.metrics.network import EMBEDDING
 from lit_gen.metrics.oracle import MOVES_ITSELF, Oracle
 from lit_gen.metrics.supervision import WEIGHTS, Targets, arrange, losses, match, targets
-from lit_gen.world.scene import Scenes
 
 _SUBJECT_SCALE, _SUBJECT_MARGIN = 16.0, 0.15  # sharpness of the subject classifier and its margin (ours)
 
@@ -33,7 +32,7 @@ class OracleTraining(Method):
 
     def __init__(
         self,
-        read: str = "images",
+        read: Literal["images", "videos"] = "images",
         oracle: Oracle | None = None,
         subjects: int = 65536,
         damage: float = 1.0,
@@ -41,8 +40,6 @@ class OracleTraining(Method):
         optimizer: Optimizer = Optimizer(lr=2e-3, warmup_steps=200, schedule="cosine", weight_decay=0.02),
     ) -> None:
         super().__init__(optimizer)
-        if read not in ("images", "videos"):
-            raise ValueError(f'read: "{read}" is neither "images" nor "videos"')
         self.read, self.damage, self.export = read, damage, export
         self.oracle = (oracle or Oracle()).to(memory_format=torch.channels_last)
         self.proxies = nn.Parameter(torch.randn(subjects, EMBEDDING))

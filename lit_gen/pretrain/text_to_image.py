@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from lit_gen.callbacks.samples import contact_sheet
 from lit_gen.diffusion.base import load_base
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.diffusion.sampling import classifier_free, ddim, noise_from
@@ -26,8 +27,8 @@ class TextToImage(BasePart):
         drop_text: share of training samples whose caption is replaced by the empty one, for classifier-free guidance.
         min_snr: gamma of the min-SNR loss weight (Hang et al. 2023); null for none.
         compile: compile the network with torch.compile (worth it on a GPU for more than a few hundred steps).
-        guidance: classifier-free guidance scale of the pictures drawn in validation.
-        sample_steps: DDIM steps of the pictures drawn in validation; 0 draws none.
+        guidance: classifier-free guidance scale of the pictures drawn after validation.
+        sample_steps: DDIM steps of the pictures drawn after validation; 0 draws none.
         export: folder of the base the result is written to; null writes nothing.
         optimizer: settings of the optimizer.
     """
@@ -77,11 +78,14 @@ class TextToImage(BasePart):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.log("val/loss", self.loss(batch), batch_size=len(batch["tokens"]), sync_dist=True)
-        if batch_idx == 0 and self.sample_steps and self.logger and self.global_rank == 0:
-            pictures = self.draw(batch["tokens"][:32])
-            grid = pictures.view(4, 8, *pictures.shape[1:]).permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3)
-            self.logger.experiment.add_image("val/samples", grid.add(1).div(2), self.global_step)
-            self.logger.experiment.add_text("val/prompts", "\n\n".join(batch["caption"][:32]), self.global_step)
+        if batch_idx == 0:
+            self._shown = batch["tokens"][:32]
+
+    def preview(self) -> dict[str, Tensor]:
+        """Pictures of the first validation prompts."""
+        if not self.sample_steps:
+            return {}
+        return {"pictures": contact_sheet(self.draw(self._shown).split(8))}
 
     @torch.no_grad()
     def draw(self, tokens: Tensor) -> Tensor:

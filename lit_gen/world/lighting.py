@@ -6,7 +6,7 @@ Letters: B batch, Q surface points, E parts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from lit_gen.world.primitives import TUBE
 from lit_gen.world.vocabulary import TIMES
 
 SUN_SPREAD = 0.07  # half angle (tangent) of the light: how fast shadows soften with distance
-OCCLUSION_REACH = 2.2  # contact shadows end at this many radii from a part's centre
+CONTACT_REACH = 2.0  # contact shadows end at this many radii from a part's centre
 
 
 @dataclass
@@ -32,13 +32,16 @@ class Light:
     backdrop: Tensor  # B 3, what backdrop colours are multiplied with
     glow: Tensor  # B, strength of the sky's glow around the sun or moon
 
+    def __getitem__(self, item: Tensor) -> Light:
+        return Light(*(getattr(self, f.name)[item] for f in fields(self)))
+
 
 _LIGHTS = {  # direction, sun, sky, ground, horizon, zenith, fog, backdrop, glow
     "day": (
         (-0.52, -0.55, 0.80),
-        (0.92, 0.86, 0.76),
-        (0.36, 0.39, 0.44),
-        (0.20, 0.18, 0.16),
+        (0.86, 0.81, 0.73),
+        (0.46, 0.48, 0.52),
+        (0.30, 0.28, 0.26),
         (0.72, 0.84, 0.94),
         (0.16, 0.42, 0.86),
         0.006,
@@ -46,14 +49,14 @@ _LIGHTS = {  # direction, sun, sky, ground, horizon, zenith, fog, backdrop, glow
         0.25,
     ),
     "night": (
-        (0.60, -0.35, 0.72),
-        (0.20, 0.24, 0.36),
-        (0.060, 0.075, 0.14),
-        (0.030, 0.034, 0.055),
+        (0.48, -0.55, 0.68),
+        (0.26, 0.28, 0.38),
+        (0.090, 0.105, 0.165),
+        (0.060, 0.065, 0.090),
         (0.040, 0.060, 0.15),
         (0.006, 0.010, 0.040),
         0.010,
-        (0.15, 0.18, 0.29),
+        (0.18, 0.20, 0.29),
         0.5,
     ),
     "fog": (
@@ -63,7 +66,7 @@ _LIGHTS = {  # direction, sun, sky, ground, horizon, zenith, fog, backdrop, glow
         (0.30, 0.30, 0.30),
         (0.66, 0.68, 0.70),
         (0.56, 0.59, 0.63),
-        0.11,
+        0.095,
         (0.85, 0.86, 0.87),
         0.0,
     ),
@@ -79,38 +82,33 @@ def light_of(time: Tensor) -> Light:
 
 
 def shade(
-    albedo: Tensor, normal: Tensor, view: Tensor, light: list[Tensor], shadow: Tensor, open_sky: Tensor
+    albedo: Tensor, normal: Tensor, view: Tensor, light: Tensor, shadow: Tensor, open_sky: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Colour (3 Q) and brightness of the light (Q, about 0..1) of surface points.
 
-    albedo, normal and view (towards the eye) are 3 Q; light is (direction, sun, sky, ground), each 3 Q; shadow and
-    open_sky (Q, 0..1) say how much of the sun and of the sky a point sees.
+    albedo, normal and view (towards the eye, any length) are 3 Q; light is direction, sun, sky and ground as 4 3 Q;
+    shadow and open_sky (Q, 0..1) say how much of the sun and of the sky a point sees.
     """
     direction, sun, sky, ground = light
     facing = (normal * direction).sum(0)
-    upward = 0.5 + 0.5 * normal[2]
     # A little light wraps around the terminator, so that round things stay round in the shade.
     lit = ((facing + 0.12) / 1.12).clamp(min=0) * shadow
-    half = direction + view
-    half = half / half.square().sum(0).sqrt().clamp(min=1e-6)
-    spark = (normal * half).sum(0).clamp(min=0)
+    half = direction + view / view.square().sum(0).sqrt()
+    spark = (normal * half).sum(0).clamp(min=0) / half.square().sum(0).sqrt().clamp(min=1e-6)
     for _ in range(5):  # to the 32nd power
         spark = spark * spark
-    ambient = ground + (sky - ground) * upward + 0.12 * sky * (0.5 - 0.5 * facing)
+    ambient = torch.lerp(ground, sky, 0.5 + 0.5 * normal[2]) + sky * (0.06 - 0.06 * facing)
     irradiance = sun * lit + ambient * open_sky
-    colour = albedo * irradiance + 0.22 * sun * (spark * shadow * (facing > 0))
-    full = (sun + sky).sum(0)
-    return colour, irradiance.sum(0) / full
+    colour = albedo * irradiance + sun * (0.22 * spark * shadow * (facing > 0))
+    return colour, irradiance.sum(0) / (sun + sky).sum(0)
 
 
 def sky_colour(ray: Tensor, light: Light) -> Tensor:
-    """Colour of the open sky along rays (B 3 H W, unit length): B 3 H W."""
-    height = ray[:, 2:3].clamp(0, 1)
-    ramp = 1 - (1 - height) * (1 - height) * (1 - height)
-    horizon, zenith = light.horizon[:, :, None, None], light.zenith[:, :, None, None]
-    near = (ray * light.direction[:, :, None, None]).sum(1, keepdim=True).clamp(min=0)
-    near = near * near * near
-    return horizon + (zenith - horizon) * ramp + (near * light.glow[:, None, None, None]) * horizon
+    """Colour of the open sky along rays (3 B Q, unit length) of B scenes: 3 B Q."""
+    low = 1 - ray[2].clamp(0, 1)
+    direction, horizon, zenith = (v.T[:, :, None] for v in (light.direction, light.horizon, light.zenith))
+    near = (ray * direction).sum(0).clamp(min=0)
+    return torch.lerp(zenith, horizon, low * low * low) + horizon * (near * near * near * light.glow[:, None])
 
 
 def occlusion(name: str, origin: Tensor, ray: Tensor) -> Tensor:
@@ -179,5 +177,5 @@ def contact(away: Tensor, normal: Tensor, radius: Tensor) -> Tensor:
     """
     squared = away.square().sum(0) / (radius * radius)
     cosine = (normal * away).sum(0) / (squared.sqrt() * radius + 1e-6)
-    window = (1 - squared / OCCLUSION_REACH**2).clamp(min=0)
+    window = (1 - squared / CONTACT_REACH**2).clamp(min=0)
     return (cosine * 0.5 + 0.35).clamp(0, 1) * window * window / squared.clamp(min=0.8) * 0.95

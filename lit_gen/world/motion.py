@@ -17,7 +17,7 @@ from lit_gen.world.scene import Scenes
 from lit_gen.world.vocabulary import MOTIONS
 
 # At speed 1, over a whole clip; "half pictures" are half the picture's width at the mover's depth.
-TRAVEL = 0.5  # half pictures to either side of the middle of the path
+TRAVEL = 0.48  # half pictures to either side of the middle of the path
 JUMP = 0.62  # half pictures up
 TURN = 0.45 * 2 * math.pi  # radians of a spin
 GROWTH = 2.2  # ratio of last to first size
@@ -42,14 +42,17 @@ def animate(scenes: Scenes, times: Tensor) -> Scenes:
     offset = position - out.target
     depth = out.distance + (offset * axes[:, 2]).sum(1)
     view = depth * (out.fov / 2).tan()  # B*F metres, half the picture at the mover
-    room = view * 0.97 - FOOTPRINT.to(radius)[kind.clamp(min=0)] * radius * 1.08
+    room = view * 0.93 - FOOTPRINT.to(radius)[kind.clamp(min=0)] * radius * 1.08
     sideways = (offset * axes[:, 0]).sum(1)  # where the mover stands in the picture
+    top = ((offset * axes[:, 1]).sum(1) + 2 * radius * out.elevation.cos()) / out.elevation.cos()
+    headroom = 0.95 * view / out.elevation.cos() - top  # for what moves up by the floor's normal
     travel = torch.minimum(TRAVEL * out.speed * view, room - sideways.abs()).clamp(min=0)
 
     still = torch.zeros_like(time)
+    height = torch.minimum(JUMP * out.speed * view, headroom).clamp(min=0)
     swing = (2 * time - 1) * travel
     along = torch.where(left, -swing, torch.where(right, swing, still))
-    lift = torch.where(jumps, 4 * time * (1 - time) * JUMP * out.speed * view, still)
+    lift = torch.where(jumps, 4 * time * (1 - time) * height, still)
     moved = position + along[:, None] * axes[:, 0]
     moved[:, 2] += lift
     growth = (time - 0.5) * math.log(GROWTH) * out.speed

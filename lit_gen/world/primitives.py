@@ -40,7 +40,7 @@ _PARTS = {
     ],
     "house": [
         ("cube", (0, 0, 0.58), (0.86, 0.7, 0.58), _EYE, "own"),
-        ("cube", (0, 0, 1.14), (1.02 * _H, 0.69, 0.8 * _H), _DIAMOND, "trim"),
+        ("cube", (0, 0, 1.14), (0.97 * _H, 0.69, 0.8 * _H), _DIAMOND, "trim"),
         ("cube", (0.45, 0.2, 1.62), (0.14, 0.14, 0.34), _EYE, "cream"),
     ],
     "mushroom": [
@@ -61,8 +61,8 @@ _PARTS = {
 }
 _SLOTS = max(len(parts) for parts in _PARTS.values())
 
-# Per kind, in units of the radius: radius of the upright cylinder around the axis that holds the object, and its height.
-FOOTPRINT = torch.tensor([1.0, 1.21, 0.75, 0.95, 1.0, 0.8, 1.15, 0.95, 1.24, 0.83])
+# Per kind, in units of the radius: that of the upright cylinder around the axis that holds the object, and its height.
+FOOTPRINT = torch.tensor([1.0, 1.21, 0.75, 0.95, 1.0, 0.86, 1.2, 0.95, 1.24, 0.83])
 HEIGHT = torch.tensor([2.0, 1.7, 1.9, 2.0, 2.0, 1.97, 1.96, 1.8, 1.04, 2.0])
 
 
@@ -253,5 +253,5 @@ def _hit_ring(ox: Tensor, oy: Tensor, oz: Tensor, dx: Tensor, dy: Tensor, dz: Te
         x, y, z = ox + march * dx, oy + march * dy, oz + march * dz
         gap = torch.hypot(torch.hypot(x, z) - _CORE, y) - TUBE
         march = march + gap
-    found = torch.where((march <= end + 1e-4) & (gap < 1e-3), march, math.inf)
+    found = torch.where((march <= end + 1e-4) & (gap < 2e-4), march, math.inf)
     return (start + torch.full_like(start, math.inf).index_copy(0, index, found)) / length

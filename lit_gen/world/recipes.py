@@ -43,6 +43,7 @@ LAYOUTS = {
     "film": Layout(
         objects=(0.65, 0.35, 0), elevation=(12, 30), relations="film", backdrop=0.2, marked=0.15, moving=True
     ),
+    "event": Layout(objects=(0.65, 0.35, 0), elevation=(12, 30), relations="film", marked=0.15, styled=0, moving=True),
 }
 
 
@@ -54,9 +55,11 @@ class Recipe:
     named: float = 0.0  # share of pictures in one of the named styles
     continuous: float = 0.0  # share of pictures in a style without a name
     times: tuple[float, float, float] = (0.72, 0.16, 0.12)  # day, night, fog where there is a floor and no style
-    frame: dict[str, int] = field(default_factory=dict)  # consecutive indices that share a "layout" or a "subject"
+    # How many consecutive indices share a "layout" (all but the time), a "place" (floor, time, camera) or a "subject".
+    shared: dict[str, int] = field(default_factory=dict)
 
 
+EVENT_CLIPS = 8  # clips that one place has room for
 _FRONT = {"single": 0.35, "pair": 0.43, "triple": 0.22}
 
 RECIPES = {
@@ -74,6 +77,7 @@ RECIPES = {
         },
         named=0.26,
         continuous=0.26,
+        times=(0.5, 0.27, 0.23),
     ),
     "photo": Recipe({"turntable": 0.2, "walkaround": 0.1, "single": 0.2, "pair": 0.3, "triple": 0.2}),
     "styled": Recipe(_FRONT, continuous=1),
@@ -81,9 +85,10 @@ RECIPES = {
     "objects": Recipe({"turntable": 1}),
     "views": Recipe({"view": 1}),
     "pairs": Recipe({"pair": 1}),
-    "times": Recipe({"walkaround": 0.2, "single": 0.3, "pair": 0.35, "triple": 0.15}, frame={"layout": len(TIMES)}),
-    "subjects": Recipe({"subject": 1}, frame={"subject": 8}),
+    "times": Recipe({"walkaround": 0.2, "single": 0.3, "pair": 0.35, "triple": 0.15}, shared={"layout": len(TIMES)}),
+    "subjects": Recipe({"subject": 1}, shared={"subject": 8}),
     "motion": Recipe({"film": 1}, times=(0.84, 0.08, 0.08)),
     "styled-motion": Recipe({"film": 1}, continuous=1),
+    "events": Recipe({"event": 1}, shared={"place": EVENT_CLIPS}),
     "normals": Recipe({"normal": 1}),
 }

@@ -34,14 +34,14 @@ _COLUMN = {name: i for i, name in enumerate(STYLE_PARAMETERS)}
 # fmt: off
 _NAMED = {  #       outline ink_hue own  paper p_hue p_light fill  sat  flat  hatch angle period dots bleed
     "photo":        (0.00, 0.62, 0.0, 0.00, 0.12, 1.00, 1.00, 0.50, 0.00, 0.00, 0.25, 0.50, 0.0, 0.00),
-    "ink sketch":   (0.50, 0.64, 0.0, 1.00, 0.13, 1.00, 0.00, 0.50, 0.40, 1.00, 0.25, 0.20, 0.0, 0.00),
-    "neon":         (0.60, 0.85, 1.0, 1.00, 0.75, 0.00, 0.15, 1.00, 0.60, 0.00, 0.25, 0.50, 0.0, 1.00),
-    "blueprint":    (0.50, 0.55, 0.0, 1.00, 0.61, 0.30, 0.00, 0.50, 0.60, 0.35, 0.75, 0.30, 0.0, 0.00),
-    "watercolor":   (0.30, 0.62, 1.0, 0.80, 0.12, 1.00, 0.70, 0.60, 0.50, 0.00, 0.25, 0.50, 0.0, 0.90),
-    "comic":        (0.75, 0.66, 0.0, 0.15, 0.14, 1.00, 1.00, 0.85, 0.90, 0.70, 0.25, 0.25, 1.0, 0.00),
-    "sepia print":  (0.00, 0.08, 0.0, 0.30, 0.11, 0.95, 1.00, 0.00, 0.00, 0.00, 0.25, 0.50, 0.0, 0.10),
-    "poster":       (0.00, 0.95, 0.0, 0.95, 0.13, 0.90, 1.00, 0.90, 1.00, 0.00, 0.25, 0.50, 0.0, 0.00),
-    "chalk":        (0.70, 0.15, 1.0, 1.00, 0.42, 0.15, 0.25, 0.45, 0.30, 0.80, 0.15, 0.40, 0.0, 0.20),
+    "ink sketch":   (0.40, 0.64, 0.0, 1.00, 0.12, 1.00, 0.00, 0.50, 0.40, 1.00, 0.25, 0.10, 0.0, 0.00),
+    "neon":         (0.35, 0.85, 1.0, 1.00, 0.75, 0.00, 0.12, 1.00, 0.60, 0.00, 0.25, 0.50, 0.0, 0.80),
+    "blueprint":    (0.40, 0.55, 0.0, 1.00, 0.61, 0.32, 0.00, 0.50, 0.60, 0.30, 0.75, 0.10, 0.0, 0.00),
+    "watercolor":   (0.10, 0.62, 1.0, 0.65, 0.12, 1.00, 0.90, 1.00, 0.50, 0.00, 0.25, 0.50, 0.0, 1.00),
+    "comic":        (0.60, 0.66, 0.0, 0.15, 0.14, 1.00, 1.00, 0.90, 0.90, 0.80, 0.25, 0.10, 1.0, 0.00),
+    "sepia print":  (0.00, 0.08, 0.0, 0.30, 0.11, 0.85, 1.00, 0.00, 0.00, 0.00, 0.25, 0.50, 0.0, 0.10),
+    "poster":       (0.00, 0.95, 0.0, 1.00, 0.47, 0.70, 1.00, 0.80, 1.00, 0.00, 0.25, 0.50, 0.0, 0.00),
+    "chalk":        (0.50, 0.15, 0.8, 1.00, 0.42, 0.15, 0.20, 0.45, 0.30, 0.90, 0.15, 0.30, 0.0, 0.15),
 }
 # fmt: on
 NAMED = torch.tensor([_NAMED[name] for name in STYLES])  # len(STYLES) P; row 0, photo, changes nothing
@@ -51,15 +51,15 @@ KEEPS_COLOUR = tuple(name not in ("ink sketch", "blueprint", "chalk", "sepia pri
 _RANGE = {
     "outline": (0.3, 0.9),
     "own_ink": (0.0, 0.3),
-    "paper": (0.45, 1.0),
+    "paper": (0.4, 1.0),
     "paper_lightness": (0.0, 1.0),
     "fill": (0.7, 1.0),
-    "saturation": (0.3, 1.0),
+    "saturation": (0.35, 1.0),
     "flatness": (0.0, 1.0),
     "hatch": (0.35, 1.0),
     "hatch_period": (0.0, 1.0),
     "dots": (0.0, 1.0),
-    "bleed": (0.0, 0.9),
+    "bleed": (0.0, 1.0),
 }
 _LOW = torch.tensor([_RANGE.get(name, (0.0, 1.0))[0] for name in STYLE_PARAMETERS])
 _HIGH = torch.tensor([_RANGE.get(name, (0.0, 1.0))[1] for name in STYLE_PARAMETERS])
@@ -78,16 +78,16 @@ def sample_style(u: Tensor, held_out: bool | None = None) -> Tensor:
     if held_out is None:
         return style
     style = style.clone()
+    (ink_low, ink_high), (low, high) = _HELD_OUT["ink_hue"], _HELD_OUT["paper_hue"]
     if held_out:
-        for name, (low, high) in _HELD_OUT.items():
-            # Kept off the border so that rounding never carries a held-out style outside.
-            style[:, _COLUMN[name]] = low + (high - low) * (0.001 + 0.998 * u[:, _COLUMN[name]])
+        # A little off the border, so that rounding never carries a style outside.
+        style[:, ink] = ink_low + (ink_high - ink_low) * (0.001 + 0.998 * u[:, ink])
+        style[:, paper] = low + (high - low) * (0.001 + 0.998 * u[:, paper])
         return style
-    low, high = _HELD_OUT["paper_hue"]
-    squeezed = (style[:, paper] * (1 - (high - low))).clamp(max=1 - (high - low) - 1e-4)
-    outside = torch.where(squeezed < low, squeezed, squeezed + (high - low))
-    near = (style[:, ink] >= _HELD_OUT["ink_hue"][0]) & (style[:, ink] <= _HELD_OUT["ink_hue"][1])
-    style[:, paper] = torch.where(near, outside.where((outside < low) | (outside > high), outside + 1e-4), style[:, paper])
+    # Where the ink is within the box, the paper's hue is spread over what the box leaves of the circle.
+    beside = (high + 0.001 + (0.998 - (high - low)) * u[:, paper]) % 1
+    within = (style[:, ink] >= ink_low) & (style[:, ink] <= ink_high)
+    style[:, paper] = torch.where(within, beside, style[:, paper])
     return style
 
 
@@ -110,9 +110,7 @@ def style_error(a: Tensor, b: Tensor) -> Tensor:
     for name in CIRCULAR:
         column = _COLUMN[name]
         around = distance[:, column] % 1
-        distance = distance.index_copy(
-            1, torch.tensor([column], device=a.device), 2 * torch.minimum(around, 1 - around)[:, None]
-        )
+        distance[:, column] = 2 * torch.minimum(around, 1 - around)
     weight = (visibility(a) + visibility(b)) / 2
     return (distance.clamp(0, 1) * weight).sum(1) / weight.sum(1)
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_gen.world.styles import STYLE_PARAMETERS
-from lit_gen.world.textures import hue_colour
+from lit_gen.world.textures import hue_colour, part_of
 
 _REFERENCE = 64  # pixels
+DARK_PAPER = 0.4  # paper of less lightness is dark, and ink on it bright
 
 
 @dataclass
@@ -37,26 +38,28 @@ def stylise(layers: Layers, style: Tensor) -> Tensor:
     values = {name: v[:, None, None, None] for name, v in zip(STYLE_PARAMETERS, style.unbind(1), strict=True)}
     scale = layers.rgb.shape[-1] / _REFERENCE
     paper, ink = _paper_and_ink(style)
-    dark_paper = values["paper_lightness"] < 0.5
+    dark_paper = values["paper_lightness"] < DARK_PAPER
     thing = (layers.label > 1.5).to(layers.rgb)
     light = layers.light.clamp(0.02, 1.2)
 
     tone = _two_tone(light, values["flatness"])
     colour = layers.rgb + (_flat(layers, thing, light) - layers.rgb) * values["flatness"]
     colour = _saturate(colour, values["saturation"], paper, ink)
-    own = _own_ink(colour, thing, dark_paper, scale)
+    own, nearby = _own_ink(colour, thing, dark_paper, scale)
     # Paper keeps a trace of the shade, so that things still stand on it.
-    sheet = paper * (0.72 + 0.28 * tone.clamp(max=1))
+    sheet = paper * (0.68 + 0.32 * (1.25 * tone).clamp(max=1))
     colour = colour + (sheet - colour) * torch.where(thing > 0, 1 - values["fill"], values["paper"])
     colour = _bleed(colour, values["bleed"], dark_paper, scale)
 
-    drawing = ink + (own - ink) * values["own_ink"]
+    drawing = ink + (own - ink) * (values["own_ink"] * nearby)
+    # Hatching over painted things takes half of their colour, which keeps its name that way.
     hatch = values["hatch"] * _hatching(layers, tone, thing, values, dark_paper, scale)
-    colour = colour + (drawing - colour) * (0.85 * hatch)
+    colour = colour + (drawing + (own - drawing) * (0.5 * values["fill"] * thing) - colour) * (0.85 * hatch)
     line = _outline(layers, values["outline"], scale)
     colour = colour + (drawing - colour) * line
-    halo = _blur(line * drawing, 2.6 * scale) * 2.4 + _blur(line * drawing, 1.3 * scale)
-    colour = colour + halo * torch.where(dark_paper, values["bleed"], 0)
+    halo = _blur(line * drawing, 2.2 * scale)
+    # What is painted is not outshone by its own rim.
+    colour = colour + halo * torch.where(dark_paper, values["bleed"] * (1 - 0.7 * values["fill"] * thing), 0)
     return colour.clamp(0, 1)
 
 
@@ -64,8 +67,13 @@ def _paper_and_ink(style: Tensor) -> tuple[Tensor, Tensor]:
     """Displayed colours of paper and of ink: each B 3 1 1. Ink is dark on light paper and bright on dark paper."""
     value = dict(zip(STYLE_PARAMETERS, style.unbind(1), strict=True))
     lightness = value["paper_lightness"][:, None]
-    paper = _hsv(value["paper_hue"], 0.85 - 0.62 * lightness, 0.10 + 0.90 * lightness**0.85)
-    dark = lightness < 0.5
+    dark = lightness < DARK_PAPER
+    # Never in between: on middling paper neither things nor ink stand out.
+    paper = _hsv(
+        value["paper_hue"],
+        torch.where(dark, 0.85 - 0.4 * lightness, 0.75 - 0.66 * lightness),
+        torch.where(dark, 0.07 + 1.0 * lightness, 0.75 + 0.25 * lightness),
+    )
     ink = _hsv(value["ink_hue"], torch.where(dark, 0.40, 0.85), torch.where(dark, 1.0, 0.30))
     return paper[:, :, None, None], ink[:, :, None, None]
 
@@ -112,30 +120,21 @@ def _saturate(colour: Tensor, saturation: Tensor, paper: Tensor, ink: Tensor) ->
     return muted + (muted - _luminance(muted)) * (1.1 * (saturation - 0.5).clamp(min=0))
 
 
-def _own_ink(colour: Tensor, thing: Tensor, dark_paper: Tensor, scale: float) -> Tensor:
-    """Ink in the colour of the nearest object: bright for dark paper, deep for light paper."""
+def _own_ink(colour: Tensor, thing: Tensor, dark_paper: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Ink in the colour of the nearest object, bright on dark paper and deep on light paper, and where one is near."""
     weight = _blur(thing, 1.5 * scale)
     own = _blur(colour * thing, 1.5 * scale) / weight.clamp(min=1e-3)
-    own = torch.where(weight > 1e-3, own, colour)
-    bright = own / own.amax(1, keepdim=True).clamp(min=0.4)
-    return torch.where(dark_paper, bright, own * 0.55)
-
-
-def _kernel(sigma: float, like: Tensor) -> Tensor:
-    reach = max(1, math.ceil(2.5 * sigma))
-    x = torch.arange(-reach, reach + 1, device=like.device, dtype=like.dtype)
-    weight = (-0.5 * (x / sigma) ** 2).exp()
-    return weight / weight.sum()
+    pure = (own + 0.9 * (own - own.mean(1, keepdim=True))).clamp(min=0)
+    bright = (pure / pure.amax(1, keepdim=True).clamp(min=0.4)).clamp(max=1)
+    return torch.where(dark_paper, bright, own * 0.55), (weight * 1e3).clamp(max=1)
 
 
 def _blur(image: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur (sigma in pixels) of B C H W."""
-    shape, kernel = image.shape, _kernel(sigma, image)
-    reach = len(kernel) // 2
-    flat = image.reshape(-1, 1, *shape[2:])
-    flat = F.conv2d(F.pad(flat, (reach, reach, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
-    flat = F.conv2d(F.pad(flat, (0, 0, reach, reach), mode="replicate"), kernel.view(1, 1, -1, 1))
-    return flat.view(shape)
+    """Gaussian blur (sigma in pixels) of B C H W: two products with a banded matrix, far quicker than a convolution."""
+    place = torch.arange(image.shape[-1], device=image.device, dtype=image.dtype)
+    weight = (-0.5 * ((place[:, None] - place) / sigma) ** 2).exp()
+    weight = weight / weight.sum(1, keepdim=True)
+    return weight @ image @ weight.T
 
 
 def _bleed(colour: Tensor, amount: Tensor, dark_paper: Tensor, scale: float) -> Tensor:
@@ -161,17 +160,17 @@ def _hatching(
     angle = values["hatch_angle"] * math.pi
     place = torch.arange(size, device=tone.device, dtype=tone.dtype) + 0.5
     x, y = place.view(1, 1, 1, -1), place.view(1, 1, -1, 1)
-    across = ((x * angle.cos() + y * angle.sin()) / period) % 1 - 0.5
-    along = ((y * angle.cos() - x * angle.sin()) / period) % 1 - 0.5
+    across = part_of((x * angle.cos() + y * angle.sin()) / period) - 0.5
+    along = part_of((y * angle.cos() - x * angle.sin()) / period) - 0.5
     line = 2 * across.abs()
     dot = (across * across + along * along).sqrt() * 1.7
     profile = line + (dot - line) * values["dots"]
     lightness = (0.55 * tone + 0.45 * _luminance(layers.rgb)).clamp(0, 1)
     shade = torch.where(dark_paper, lightness, 1 - lightness)
-    surround = torch.where(dark_paper, 0.10, 0.10 + 0.9 * (1 - tone).clamp(0, 1))
-    wanted = torch.where(thing > 0, 0.08 + 0.95 * shade, surround)
-    soft = 1.0 / period
-    return ((wanted - profile) / soft + 0.5).clamp(0, 1)
+    shadow = (1.1 - 1.3 * tone).clamp(0, 1)
+    wanted = torch.where(thing > 0, 0.18 + 0.8 * shade, 0.33 + 0.35 * shadow)
+    strength = torch.where(thing > 0, 1, torch.where(dark_paper, 0.18, 0.16 + 0.84 * (2 * shadow).clamp(max=1)))
+    return ((wanted - profile) * (period / 1.2) + 0.5).clamp(0, 1) * strength
 
 
 def _outline(layers: Layers, width: Tensor, scale: float) -> Tensor:
@@ -183,11 +182,11 @@ def _outline(layers: Layers, width: Tensor, scale: float) -> Tensor:
         m, n = (layers.normal.narrow(axis, i, length) for i in (0, 1))
         crease = (m * n).sum(1, keepdim=True) < 0.7
         border = ((a != b) | (crease & (a > 1.5))).to(edge)
-        edge.narrow(axis, 0, length).add_(border)
-        edge.narrow(axis, 1, length).add_(border)
-    edge = edge.clamp(max=1)
-    sigma = 1.0 * scale
+        border = border * torch.where(torch.maximum(a, b) > 1.5, 1, 0.6)  # the horizon is a finer line
+        for i in (0, 1):
+            edge.narrow(axis, i, length).copy_(torch.maximum(edge.narrow(axis, i, length), border))
+    sigma = 1.1 * scale
     # Across a straight line, two pixels thick, the blurred edge falls like a bell: a level is a width.
     near = _blur(edge, sigma) * (sigma * math.sqrt(2 * math.pi) / 2)
-    level = (-0.5 * ((0.4 + 1.2 * width) * scale / sigma) ** 2).exp()
+    level = (-0.5 * ((0.35 + 1.35 * width) * scale / sigma) ** 2).exp()
     return ((near / level - 0.75) * 2).clamp(0, 1) * (width * 8).clamp(max=1)

@@ -29,7 +29,7 @@ PALETTE = _linear(
     (0.09, 0.09, 0.11),  # black
 )
 assert len(PALETTE) == len(COLOURS)
-# Second colour of patterns and trimmings: cream, but dark on yellow and grey on white and black, which keep their names.
+# Second colour of patterns and trimmings: cream, but dark on yellow and grey on white and black, whose names hold.
 TRIM = _linear(*[(0.98, 0.95, 0.90)] * 2, (0.30, 0.22, 0.16), *[(0.98, 0.95, 0.90)] * 3, *[(0.52, 0.54, 0.58)] * 2)
 CREAM = _linear((0.96, 0.90, 0.78))[0]
 CARROT = _linear((0.98, 0.52, 0.10))[0]
@@ -99,14 +99,14 @@ def patterned(name: str, p: Tensor, pattern: Tensor) -> Tensor:
         stripe = _stripe((z + 0.3 * x + 0.15 * y) * 1.7)
         cell = ((p.clamp(-0.999, 0.999) + 1) * 2).floor().sum(0)
         face = p.abs() == p.abs().amax(0)
-        dot = (((p + 1) * 1.5 % 1 - 0.5).masked_fill(face, 0) ** 2).sum(0) < 0.3**2
-        check = cell % 2 == 0
+        dot = ((part_of((p + 1) * 1.5) - 0.5).masked_fill(face, 0) ** 2).sum(0) < 0.3**2
+        check = ~_odd(cell)
     elif name == "ring":
         around = torch.atan2(x, z) / (2 * math.pi)
         across = torch.atan2(y, torch.hypot(x, z) - (1 - 0.32)) / (2 * math.pi)
         stripe = _stripe(around * 8)
-        check = ((around * 10).floor() + (across * 4).floor()) % 2 == 0
-        dot = (((around * 9 + 0.5) % 1 - 0.5) * 0.48) ** 2 + (((across * 2) % 1 - 0.5) * 0.9) ** 2 < 0.15**2
+        check = ~_odd((around * 10).floor() + (across * 4).floor())
+        dot = ((part_of(around * 9 + 0.5) - 0.5) * 0.48) ** 2 + ((part_of(across * 2) - 0.5) * 0.9) ** 2 < 0.15**2
     else:
         around = torch.atan2(x, -y) / (2 * math.pi)
         stripe = _stripe((z + 0.3 * x + 0.15 * y) * 1.7)
@@ -122,40 +122,56 @@ def patterned(name: str, p: Tensor, pattern: Tensor) -> Tensor:
             row = ((z + 1) * 1.5).floor().clamp(0, 2)
             count = 8 - 3 * row if name == "cone" else torch.full_like(row, 8.0)
             girth = (5.0 - 1.7 * row) / count if name == "cone" else 0.6
-            offset = (around * count + row / 2) % 1 - 0.5
-            height = ((z + 1) * 1.5) % 1 - 0.5
+            offset = part_of(around * count + row / 2) - 0.5
+            height = part_of((z + 1) * 1.5) - 0.5
             dot = ((offset * girth) ** 2 + (height * 0.63) ** 2 < 0.19**2) & (z.abs() < 0.999)
-        check = ((around * 8).floor() + rows.floor()) % 2 == 0
+        check = ~_odd((around * 8).floor() + rows.floor())
     return ((pattern == striped) & stripe) | ((pattern == checkered) & check) | ((pattern == dotted) & dot)
 
 
 def _stripe(phase: Tensor) -> Tensor:
-    return phase % 1 < 0.42
+    return part_of(phase) < 0.42
 
 
-def painted_details(albedo: Tensor, q: Tensor, facing: Tensor, kind: Tensor, part: Tensor) -> Tensor:
-    """Paint eyes, doors and portholes on the fronts of compounds: albedo 3 Q, points q 3 Q in the object's frame."""
-    paint = _PAINT.to(albedo)
+def part_of(x: Tensor) -> Tensor:
+    """Fractional part, in 0..1 for negative numbers too (`%` is ten times slower on a CPU)."""
+    return x - x.floor()
+
+
+def _odd(count: Tensor) -> Tensor:
+    """Which whole numbers are odd."""
+    return part_of(count * 0.5) > 0.25
+
+
+def painted_details(albedo: Tensor, q: Tensor, facing: Tensor, kind: Tensor, part: Tensor, index: Tensor) -> Tensor:
+    """Paint eyes, doors and portholes on the fronts of compounds: 3 Q.
+
+    albedo and points q (object's frame) are 3 Q, facing Q says which look to the front; kind and part (E) are those of
+    all parts, which index (Q) selects from.
+    """
     for row in _DETAIL_TABLE.to(albedo).unbind(1):
         which, is_round, x, z, width, height, colour = row[kind].unbind(1)
-        u, v = (q[0] - x) / width, (q[2] - z) / height
-        inside = torch.where(is_round > 0, u * u + v * v, torch.maximum(u.abs(), v.abs())) < 1
-        albedo = torch.where(inside & facing & (which == part), paint[colour.long()].T, albedo)
+        place = torch.where(which == part, width, -1.0)  # a width below zero holds nothing
+        table = torch.stack([x, z, place, height, is_round, *_PAINT.to(albedo)[colour.long()].T]).index_select(1, index)
+        u, v = (q[0] - table[0]).abs() / table[2], (q[2] - table[1]).abs() / table[3]
+        inside = torch.lerp(torch.maximum(u, v), u * u + v * v, table[4]) < 1
+        albedo = torch.where(inside & facing & (table[2] > 0), table[5:], albedo)
     return albedo
 
 
-def painted_mark(albedo: Tensor, q: Tensor, facing: Tensor, kind: Tensor, part: Tensor) -> Tensor:
-    """Paint the bullseye on the front of marked objects: white with a dark rim and centre."""
+def painted_mark(albedo: Tensor, q: Tensor, facing: Tensor, kind: Tensor, part: Tensor, index: Tensor) -> Tensor:
+    """Paint the bullseye on the fronts of objects, white with a dark rim and centre: 3 Q; arguments as above."""
     which, x, z, radius = _MARKS.to(albedo)[kind].unbind(1)
-    distance = torch.hypot(q[0] - x, q[2] - z) / radius
-    paint = _PAINT.to(albedo)
-    pale = (distance > 0.38) & (distance < 0.74)
-    colour = torch.where(pale, paint[_PALE][:, None], paint[_DARK][:, None])
-    return torch.where((distance < 1) & facing & (which == part), colour, albedo)
+    table = torch.stack([x, z, torch.where(which == part, 1 / radius, 0)]).index_select(1, index)
+    u, v = (q[0] - table[0]) * table[2], (q[2] - table[1]) * table[2]
+    distance = u * u + v * v
+    paint = _PAINT.to(albedo)[:, :, None]
+    colour = torch.where((distance > 0.38**2) & (distance < 0.74**2), paint[_PALE], paint[_DARK])
+    return torch.where((distance < 1) & facing & (table[2] > 0), colour, albedo)
 
 
 def subject_albedo(subject: Tensor, index: Tensor, q: Tensor) -> Tensor:
-    """The unique textures of subjects: 3 Q, for points q (3 Q, object's frame) of parts `index` (Q) with ids `subject` (E).
+    """The unique textures of subjects: 3 Q, at points q (3 Q, object's frame) of parts `index` (Q); subject is E ids.
 
     Two fields of three waves each, cut at levels into two or three colours; waves and colours are drawn from the id.
     """
@@ -164,18 +180,22 @@ def subject_albedo(subject: Tensor, index: Tensor, q: Tensor) -> Tensor:
     for field in range(2):
         direction = u[:, field * 12 : field * 12 + 9].view(-1, 3, 3) * 2 - 1
         length = direction.square().sum(2, keepdim=True).sqrt().clamp(min=0.2)
-        pace = 2.6 + 2.6 * u[:, field * 12 + 9 : field * 12 + 12, None]
-        waves.append(torch.cat([direction / length * pace, 2 * math.pi * u[:, field * 12 + 6 : field * 12 + 9, None]], 2))
-    level = [torch.zeros_like(q[0]) for _ in waves]
-    for i, wave in enumerate(waves):
-        for kx, ky, kz, phase in (harmonic.unbind(1) for harmonic in wave.unbind(1)):
-            level[i] = level[i] + (kx[index] * q[0] + ky[index] * q[1] + kz[index] * q[2] + phase[index]).sin()
+        pace = 3.6 + 3.0 * u[:, field * 12 + 9 : field * 12 + 12, None]
+        waves.append(
+            torch.cat([direction / length * pace, 2 * math.pi * u[:, field * 12 + 6 : field * 12 + 9, None]], 2)
+        )
+    level = []
+    for wave in waves:
+        table = wave.flatten(1).T.contiguous().index_select(1, index).view(3, 4, -1)
+        level.append(sum((k[0] * q[0] + k[1] * q[1] + k[2] * q[2] + k[3]).sin() for k in table))
     first = hue_colour(u[:, 24], 0.95, 0.75)
     second = hue_colour((u[:, 24] + 0.25 + 0.5 * u[:, 25]) % 1, 0.85, 0.6)
     dark = (u[:, 26] < 0.5)[:, None]
     third = torch.where(dark, 0.02 + 0.05 * u[:, 27:30], 0.85 + 0.1 * u[:, 27:30])
-    albedo = torch.where(level[0] > 0.15, second[index].T, first[index].T)
-    return torch.where(level[1] > 0.7 + 0.8 * u[:, 30][index], third[index].T, albedo)
+    threshold = 0.7 + 0.8 * u[:, 30:31]
+    table = torch.cat([first, second, third, threshold], 1).T.contiguous().index_select(1, index)
+    albedo = torch.where(level[0] > 0.15, table[3:6], table[:3])
+    return torch.where(level[1] > table[9], table[6:9], albedo)
 
 
 def hue_colour(hue: Tensor, saturation: float, value: float) -> Tensor:
@@ -205,7 +225,7 @@ def floor_albedo(floor: str, x: Tensor, y: Tensor, blur: Tensor) -> Tensor:
         plank = x * 1.6
         which = plank.floor()
         along = y * 0.45 + which * 0.37
-        tone = 0.86 + 0.28 * ((which * 0.618034 + along.floor() * 0.414214) % 1) * _fade(blur, 0.6)
+        tone = 0.86 + 0.28 * part_of(which * 0.618034 + along.floor() * 0.414214) * _fade(blur, 0.6)
         grain = 0.05 * (plank * 19 + (y * 2.1 + which * 2.4).sin() * 1.5).sin() * _fade(blur, 0.2)
         seam = (plank - which - 0.5).abs() > 0.46
         tone = (tone + grain) * (1 - 0.45 * seam * _fade(blur, 0.5))
@@ -213,7 +233,7 @@ def floor_albedo(floor: str, x: Tensor, y: Tensor, blur: Tensor) -> Tensor:
     if floor == "stone":
         u, v = x * 1.15, y * 1.15
         i, j = u.floor(), v.floor()
-        tone = 0.80 + 0.36 * ((i * 0.618034 + j * 0.754878) % 1) * _fade(blur, 0.9)
+        tone = 0.80 + 0.36 * part_of(i * 0.618034 + j * 0.754878) * _fade(blur, 0.9)
         edge = torch.maximum((u - i - 0.5).abs(), (v - j - 0.5).abs()) > 0.455
         return _mixed((0.56, 0.57, 0.60), tone * (1 - 0.42 * edge * _fade(blur, 0.5)))
     ripple = (y * 9 + 2.2 * (x * 1.1).sin() + 0.8 * (x * 2.9 + y).sin()).sin()

@@ -1,0 +1,1 @@
+"""Metrics with ground truth: the oracle and what it scores."""

@@ -1,0 +1,81 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny; threads only get in each other's way
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+sys.path.insert(0, str(Path(__file__).parent))
+
+TOY = """\
+seed_everything: 7
+trainer:
+  accelerator: cpu
+  log_every_n_steps: 1
+  val_check_interval: 4
+  check_val_every_n_epoch: null
+model:
+  class_path: toy.Regression
+data:
+  class_path: toy.Numbers
+checkpoint:
+  every_n_steps: 2
+"""
+
+TWO_STAGES = """\
+stages:
+  one:
+    trainer: {max_steps: 8}
+    validate_first: true
+  two:
+    trainer: {max_steps: 6}
+    model: {init_args: {sgd: {lr: 0.02}}}
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def toy(here: Path) -> Path:
+    """`toy.yaml`, an experiment of two short stages, in an empty working directory."""
+    (here / "toy.yaml").write_text(TOY + TWO_STAGES)
+    return here / "toy.yaml"
+
+
+@pytest.fixture
+def lit_gen(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`lit_gen("fit", "-c", ...)`: a command line whose stages run in this process, which saves their imports."""
+    from lit_gen import cli, interrupts, stage
+
+    monkeypatch.setattr(cli, "launch", stage.main)
+    monkeypatch.setattr(interrupts, "install", lambda: None)
+    monkeypatch.setattr(interrupts, "received", None)
+    monkeypatch.setattr(sys, "argv", ["lit_gen"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that what a run sets is forgotten
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    monkeypatch.setenv("LIT_GEN_STARTED", "0")
+
+    def run(*argv: str) -> int:
+        return cli.main([str(word) for word in argv])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder like `data/world-base`, with random weights and tiny widths."""
+    from lit_gen.pretrain.stand_in import write_stand_in
+
+    return write_stand_in(tmp_path_factory.mktemp("base") / "tiny")

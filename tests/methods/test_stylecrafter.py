@@ -1,0 +1,212 @@
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+
+from lit_gen.callbacks.samples import Samples
+from lit_gen.data.facts import facts_from_scenes
+from lit_gen.data.styled import strip_style
+from lit_gen.diffusion.style_adapter import Adapter
+from lit_gen.errors import UserError
+from lit_gen.methods.base import Optimizer
+from lit_gen.methods.style_transfer import partners, read_references
+from lit_gen.methods.stylecrafter import Sampling, StyleCrafter, real_samples
+from lit_gen.metrics.oracle import Oracle
+from lit_gen.world.grammar import captions
+from lit_gen.world.sampling import sample
+
+FAST = Sampling(steps=2, eta=0.0, text_scale=3.0, style_scale=2.0)
+
+
+def method(base, stage="adapter", **changes):
+    torch.manual_seed(0)
+    size = Adapter(tokens=3, extractor_layers=1, predictor_layers=1, heads=2)
+    given = dict(adapter=size, image_sampling=FAST, video_sampling=FAST, optimizer=Optimizer(lr=3e-3))
+    return StyleCrafter(str(base), stage, **{**given, **changes})
+
+
+def tinted(count, seed=0):
+    """Pictures whose only style is their tint, which the caption does not tell; the reference has it too."""
+    generator = torch.Generator().manual_seed(seed)
+    tint = torch.rand(count, 3, 1, 1, generator=generator) * 2 - 1
+    return {
+        "image": tint.expand(-1, -1, 64, 64).contiguous(),
+        "style": (tint + 0.05 * torch.randn(count, 3, 64, 64, generator=generator)).clamp(-1, 1),
+        "caption": ["a red ball"] * count,
+    }
+
+
+def world(recipe, count, frames=None):
+    """A validation batch with true facts and arbitrary pixels."""
+    scenes = sample(recipe, "test", 0, torch.arange(count))
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, 3, 64, 64) if frames is None else (count, frames, 3, 64, 64)
+    pixels = torch.rand(shape, generator=generator) * 2 - 1
+    return {
+        **({"video": pixels} if frames else {"image": pixels, "style": pixels.flip(0)}),
+        "caption": [strip_style(c.text) for c in captions(scenes)],
+        "key": [f"{i:06d}" for i in range(count)],
+        "facts": facts_from_scenes(scenes),
+        "style_parameters": scenes.style_parameters,
+        "valid": torch.tensor([True] * (count - 1) + [False]),
+    }
+
+
+def trainer(folder, **changes):
+    logger = TensorBoardLogger(folder, name="", version="")
+    given = dict(max_steps=2, accelerator="cpu", logger=logger, enable_progress_bar=False, num_sanity_val_steps=0)
+    given |= dict(enable_model_summary=False, log_every_n_steps=1, callbacks=[Samples()])
+    return L.Trainer(default_root_dir=folder, **{**given, **changes})
+
+
+def loader(*batches):
+    return DataLoader(list(batches), batch_size=None)
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    """An untrained oracle: its scores mean nothing, but they are scores."""
+    return str(Oracle(channels=(8, 8, 8, 8), width=16, layers=1).save_pretrained(tmp_path_factory.mktemp("oracle")))
+
+
+def test_adapter_learns_and_leaves_the_base_alone(tiny_base):
+    model = method(tiny_base)
+    before = {k: v.clone() for k, v in model.base.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=3e-3)
+    val = tinted(16, seed=1)
+
+    @torch.no_grad()
+    def error():
+        torch.manual_seed(0)
+        return float(model.loss(val).mean())
+
+    first = error()
+    for step in range(20):
+        torch.manual_seed(step)
+        loss = model.loss(tinted(8, seed=step + 2)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert error() < 0.95 * first
+    assert all(torch.equal(v, before[k]) for k, v in model.base.state_dict().items())
+
+
+def test_both_stages_train_only_their_part_and_pass_the_adapter_on(tiny_base, tmp_path, oracle):
+    first = method(tiny_base, oracle=oracle)
+    run = trainer(tmp_path / "adapter")
+    run.fit(first, loader(tinted(4), tinted(4, 1)), loader(world("styled", 5)))
+    run.save_checkpoint(tmp_path / "adapter.ckpt")
+    saved = torch.load(tmp_path / "adapter.ckpt", weights_only=True)["state_dict"]
+    assert saved and all(name.startswith("adapter.") for name in saved)
+    scores = {k: float(v) for k, v in run.callback_metrics.items()}
+    for group in ("adapter", "base with style words"):
+        assert {f"{group}/{s}" for s in ("style error", "content accuracy", "leak rate")} <= scores.keys()
+    ratio = scores["adapter/style error"] / scores["base with style words/style error"]
+    assert scores["style error, adapter over words"] == pytest.approx(ratio)
+
+    second = method(tiny_base, "temporal", oracle=oracle)
+    second.load_weights(tmp_path / "adapter.ckpt")
+    start = {k: v.clone() for k, v in second.state_dict().items()}
+    assert all(torch.equal(start[k], saved[k]) for k in saved)
+    clips = {"video": torch.rand(2, 4, 3, 64, 64) * 2 - 1, "caption": ["a red ball moves left"] * 2}
+    run = trainer(tmp_path / "temporal")
+    run.fit(second, loader(clips, tinted(4)), loader(world("styled-motion", 4, frames=4)))
+    run.save_checkpoint(tmp_path / "temporal.ckpt")
+    end = torch.load(tmp_path / "temporal.ckpt", weights_only=True)["state_dict"]
+    changed = {k for k in end if not torch.equal(end[k], start[k])}
+    assert changed and all("motion_modules" in k for k in changed)
+    assert saved.keys() < end.keys()  # one checkpoint is enough to predict from
+    assert {"clips/flicker", "clips/flicker, times real", "clips/motion accuracy"} <= run.callback_metrics.keys()
+
+    events = EventAccumulator(str(tmp_path / "temporal")).Reload()
+    gif = events.Images("samples/clips")[-1].encoded_image_string
+    assert gif.startswith(b"GIF") and (tmp_path / "temporal/samples/step-000002/clips.mp4").stat().st_size > 0
+    sheet = Image.open(tmp_path / "adapter/samples/step-000002/prompts-x-styles.png")
+    assert sheet.width > sheet.height / 2
+    png = EventAccumulator(str(tmp_path / "adapter")).Reload().Images("samples/prompts x styles")
+    assert (png[-1].width, png[-1].height) == sheet.size
+
+
+def test_pictures_and_clips_both_reach_every_temporal_weight(tiny_base):
+    model = method(tiny_base, "temporal")
+    for batch in (tinted(4), {"video": torch.rand(2, 4, 3, 64, 64) * 2 - 1, "caption": ["a red ball"] * 2}):
+        model.zero_grad()
+        model.loss(batch).mean().backward()
+        # what a batch leaves without a gradient would hang or fail DDP
+        assert all(p.grad is not None for p in model.trainable_parameters())
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert names and all("motion_modules" in n for n in names)
+
+
+def test_dropped_style_is_the_plain_base(tiny_base):
+    model, plain = method(tiny_base, drop_style=1.0), method(tiny_base, style_weight=0.0)
+    torch.manual_seed(0)
+    dropped = model.loss(tinted(4))
+    torch.manual_seed(0)
+    assert torch.allclose(dropped, plain.loss(tinted(4)))
+    torch.manual_seed(0)
+    assert not torch.allclose(dropped, method(tiny_base).loss(tinted(4)))
+
+
+def test_a_sample_depends_on_its_seed_not_on_its_batch(tiny_base):
+    model = method(tiny_base)
+    views = tinted(2)["style"]
+    both = model.sample(["a red ball", "a blue cube"], views, [7, 8])
+    alone = model.sample(["a blue cube"], views[1:], [8])
+    torch.testing.assert_close(both[1:], alone, atol=1e-4, rtol=1e-3)
+    several = model.sample(["a blue cube"], views[None], [8])  # two references for one picture
+    assert several.shape == alone.shape and not torch.allclose(several, alone, atol=1e-3)
+    assert not torch.allclose(model.sample(["a blue cube"], None, [8]), alone, atol=1e-3)
+
+
+def test_reference_never_shares_the_prompts_content():
+    scenes = sample("styled", "test", 0, torch.arange(16))
+    batch = {"caption": [""] * 16, "facts": facts_from_scenes(scenes)}
+    kinds = [{k for k in row if k >= 0} for row in scenes.kind.tolist()]
+    for own, j in enumerate(partners(batch)):
+        assert own != j and not kinds[own] & kinds[j]
+    untold = {"caption": ["a dog", "a dog", "a cat"], "facts": [{}, {}, {}]}
+    assert partners(untold) == [2, 2, 0]
+
+
+def test_samples_that_only_fill_a_batch_up_are_not_scored():
+    batch = real_samples(world("styled", 3))
+    assert len(batch["caption"]) == len(batch["image"]) == len(batch["facts"]) == 2
+
+
+class Promptless(L.LightningDataModule):
+    """An experiment's data module, which must not be asked for what to draw."""
+
+    def predict_dataloader(self):
+        return []
+
+
+@pytest.mark.parametrize("stage,suffix", [("adapter", "png"), ("temporal", "mp4")])
+def test_predict_draws_every_prompt_in_every_style(tiny_base, tmp_path, stage, suffix):
+    styles = tmp_path / "styles"
+    styles.mkdir()
+    for name in ("one", "two"):
+        Image.new("RGB", (90, 70), "teal").save(styles / f"{name}.png")
+    prompts = ["a red ball", "a blue cube", "a cone"]
+    model = method(tiny_base, stage, prompts=prompts, styles=[str(styles)], frames=4 if stage == "temporal" else 1)
+    run = trainer(tmp_path, logger=False, callbacks=[])
+    drawn = run.predict(model, datamodule=Promptless())
+    assert len(drawn) == 2 and len(drawn[0]) == 3
+    folder = tmp_path / "samples" / "predict"
+    names = {f"{style}-{i:02d}" for style in ("one", "two") for i in range(3)} | {"contact-sheet"}
+    assert {p.name for p in folder.iterdir()} == {f"{name}.{suffix}" for name in names}
+
+
+def test_predict_mistakes_are_one_line(tiny_base, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.png").write_text("not a picture")
+    for path, expected in [("empty", "no pictures"), ("notes.png", "not a picture"), ("gone.png", "no such file")]:
+        with pytest.raises(UserError, match=expected):
+            read_references([str(tmp_path / path)], 64)
+    with pytest.raises(UserError, match="--prompt"):
+        method(tiny_base, styles=["x.png"]).predict_dataloader()
+    with pytest.raises(UserError, match="clips need stage"):
+        method(tiny_base, frames=8)

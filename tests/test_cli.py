@@ -1,0 +1,134 @@
+"""The front door: speed, help, listing, merging of files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_gen import cli, experiment
+from lit_gen.errors import UserError
+
+Command = Callable[..., int]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--help"], 0, "usage: python -m lit_gen VERB"),
+        ([], 0, "usage: python -m lit_gen VERB"),
+        (["list"], 0, "experiments/base/autoencoder.yaml"),
+        (["fti"], 2, "did you mean `fit`?"),
+        (["fit"], 2, "-c FILE"),
+    ],
+)
+def test_the_front_door_is_quick(words: list[str], code: int, said: str) -> None:
+    began = time.process_time(), time.monotonic()
+    command = [sys.executable, "-X", "importtime", "-m", "lit_gen", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    wall = time.monotonic() - began[1]
+    output = done.stdout + done.stderr
+    assert done.returncode == code and said in output, output
+    for heavy in ("torch", "lightning", "jsonargparse", "numpy"):
+        assert f" {heavy}\n" not in done.stderr
+    assert "Traceback" not in output
+    assert wall < 1.5 * 3  # other work may keep the machine busy; what is not imported above is the real bound
+
+
+def test_list_tells_what_each_experiment_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = here / "experiments" / "sub"
+    folder.mkdir(parents=True)
+    (folder / "a.yaml").write_text("# the first line\nmodel: x\n")
+    (folder / "b.yaml").write_text("# not this\ndescription: but this\n")
+    assert cli.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["experiments/sub/a.yaml  the first line", "experiments/sub/b.yaml  but this"]
+
+
+def test_help_explains_every_key(lit_gen: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        lit_gen("fit", "--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    keys = ("stages:", "init_from:", "validate_first:", "--fresh", "--stage ", "vars:", "base:", "description:")
+    for key in (*keys, "--trainer.max_steps", "--checkpoint.every_n_steps", "optimizer steps between saves"):
+        assert key in text, key
+    with pytest.raises(SystemExit):
+        lit_gen("fit", "--model.help", "toy.Regression")
+    text = capsys.readouterr().out
+    assert "--model.sgd.lr" in text and "learning rate" in text
+
+
+def test_print_config_is_a_config(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        lit_gen("fit", "-c", "toy.yaml", "--stage", "two", "--model.sgd.lr", "1e-3", "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"] == {
+        "sgd": {"lr": 0.001},
+        "width": 2,
+        "pause": 0.0,
+        "prompts": None,
+        "reads": None,
+    }
+    assert printed["trainer"]["max_steps"] == 6
+    assert not Path("runs").exists()
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_files_are_merged_over_their_bases(here: Path) -> None:
+    (here / "deep").mkdir()
+    write(here, common="trainer: {max_steps: 1, callbacks: [A]}\nmodel: {class_path: m.A, init_args: {a: 1, b: 2}}\n")
+    write(here / "deep", x="base: ../common.yaml\nmodel: {init_args: {b: 3}}\nx: 1e-4\n")
+    write(here, y="trainer: {callbacks+: [B]}\nmodel: {class_path: m.B, init_args: {c: 4}}\n")
+    one = experiment.read(["deep/x.yaml"], [])
+    assert one.data == {
+        "trainer": {"max_steps": 1, "callbacks": ["A"]},
+        "model": {"class_path": "m.A", "init_args": {"a": 1, "b": 3}},
+        "x": 1e-4,
+    }
+    assert one.origin(("model", "init_args", "b")) == "deep/x.yaml:2"
+    assert one.origin(("model", "init_args", "a")) == "deep/../common.yaml:2"
+    both = experiment.read(["deep/x.yaml", "y.yaml"], [])
+    assert both.data["trainer"]["callbacks"] == ["A", "B"]
+    assert both.data["model"] == {"class_path": "m.B", "init_args": {"c": 4}}  # a's and b's class is gone
+    assert both.origin(("trainer", "callbacks", 1)) == "y.yaml:1"
+
+
+def test_bases_in_a_circle(here: Path) -> None:
+    write(here, a="base: [b.yaml]\n", b="base: [a.yaml]\n")
+    with pytest.raises(UserError, match="circle"):
+        experiment.read(["a.yaml"], [])
+
+
+def test_values_are_what_they_look_like(here: Path) -> None:
+    write(here, a="a: 1e-4\nb: 00:08:30\nc: 2024-01-01\nd: yes\ne: 0x10\nf: 010\ng: 1_000\nh: ~\n")
+    assert experiment.read(["a.yaml"], []).data == {
+        "a": 1e-4, "b": "00:08:30", "c": "2024-01-01", "d": True, "e": 16, "f": "010", "g": 1000, "h": None,
+    }  # fmt: skip
+
+
+def test_stages_of_several_files(here: Path) -> None:
+    write(here, a="stages:\n  one: {s: 1}\n  two: {s: 2}\n", b="stages:\n  two: {t: 3}\n  one: null\n")
+    runs = experiment.runs(["a.yaml", "b.yaml"], [("experiment", "name"), ("stages.two.u", "4")])
+    assert [run.name for run in runs] == ["name/two"]
+    assert runs[0].settings.data == {"s": 2, "t": 3} and runs[0].overrides == [("u", "4")]
+    runs = experiment.runs(["a.yaml"], [])
+    assert "init_from" not in runs[0].settings.data
+    assert runs[1].settings.data["init_from"] == "runs/a/one/checkpoints/last.ckpt"
+
+
+def test_interpolation_reads_vars(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(toy.parent, over="vars: {rate: 0.5}\nmodel: {init_args: {sgd: {lr: '${vars.rate}'}}}\nstages: {two: null}\n")
+    assert lit_gen("fit", "-c", "toy.yaml", "-c", "over.yaml", "--vars.rate", "0.25", "--trainer.max_steps", "1") == 0
+    config = yaml.safe_load(Path("runs/over/one/config.yaml").read_text())
+    assert config["model"]["init_args"]["sgd"]["lr"] == 0.25

@@ -1,0 +1,67 @@
+"""Every YAML in experiments/: its settings bind, and two small steps of each of its stages run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_gen import experiment
+
+Command = Callable[..., int]
+ROOT = Path(__file__).parents[1]
+FILES = sorted(p.relative_to(ROOT) for p in (ROOT / "experiments").rglob("*.yaml"))
+OVERLAYS = [p for p in FILES if p.parts[1] == "scale"]
+EXPERIMENTS = [p for p in FILES if p not in OVERLAYS]
+
+
+@pytest.fixture(scope="session")
+def universe(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory like the repository's, with a tiny base, a tiny oracle and tiny sets."""
+    from lit_gen.metrics.oracle import Oracle
+
+    folder = tmp_path_factory.mktemp("universe")
+    shutil.copytree(ROOT / "experiments", folder / "experiments")
+    (folder / "data").mkdir()
+    shutil.copytree(tiny_base, folder / "data" / "world-base")
+    Oracle(channels=(8, 8, 8, 8), width=16, layers=1).save_pretrained(folder / "data" / "oracle")
+    for file in (ROOT / "data").glob("*.yaml"):
+        described = yaml.safe_load(file.read_text())
+        described.update(count=min(described["count"], 8), samples_per_shard=8)
+        (folder / "data" / file.name).write_text(yaml.safe_dump(described))
+    return folder
+
+
+def companions(overlay: Path) -> list[Path]:
+    """The experiments that the comments of an overlay name."""
+    return [Path(p) for p in dict.fromkeys(re.findall(r"experiments/[\w/.-]+\.yaml", overlay.read_text()))]
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=str)
+def test_settings_bind(file: Path, lit_gen: Command, universe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(universe)
+    assert lit_gen("check", "-c", str(file)) == 0
+    assert experiment.describe(file)
+
+
+@pytest.mark.parametrize("file", OVERLAYS, ids=str)
+def test_overlays_bind(file: Path, lit_gen: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lit_gen.stage import Binding
+
+    monkeypatch.chdir(ROOT)
+    over = [p for p in companions(file) if p != file]
+    assert over, f"{file}: say in a comment which experiment this goes over, as `-c experiments/NAME.yaml`"
+    for other in over:  # what `check` says of files that are not here is not a mistake of the overlay
+        Binding("fit", experiment.runs([str(other), str(file)], []))
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=str)
+def test_two_steps_run(file: Path, lit_gen: Command, universe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(universe)
+    assert lit_gen("fit", "-c", str(file), "--smoke", "--trainer.accelerator", "cpu") == 0
+    for run in experiment.runs([str(file)], [], smoke=True):
+        assert run.done.is_file() and (run.folder / "metrics.json").is_file()

@@ -1,0 +1,227 @@
+"""Stages: order, inheritance of weights, resuming, skipping, run folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lit_gen import interrupts
+from lit_gen.callbacks.checkpoint import is_whole, newest
+
+Command = Callable[..., int]
+ROOT = Path(__file__).parents[1]
+
+
+def weights(run: str) -> torch.Tensor:
+    return torch.load(f"runs/{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"]["net.weight"]
+
+
+def trace(run: str) -> list[str]:
+    return Path(f"runs/{run}/trace").read_text().split()
+
+
+def metrics(run: str) -> dict:
+    return json.loads(Path(f"runs/{run}/metrics.json").read_text())
+
+
+def test_stages_run_in_order_from_the_weights_before(lit_gen: Command, toy: Path) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml") == 0
+    one, two = metrics("toy/one"), metrics("toy/two")
+    assert (one["step"], one["samples"], two["step"]) == (8, 32, 6)
+    assert [entry["step"] for entry in one["history"]] == [4, 8]
+    assert [entry["step"] for entry in two["history"]] == [4, 6]  # the last weights are always measured
+    assert one["before"]["val/error"] > one["validate"]["val/error"]
+    first = torch.load("runs/toy/two/checkpoints/previous.ckpt", weights_only=True)
+    assert first["global_step"] == 4
+    # Stage two began where stage one ended: one step of two's loss is what one's final weights give.
+    assert trace("toy/two")[0] == "0:0"
+    assert not torch.equal(weights("toy/one"), weights("toy/two"))
+    assert (weights("toy/one") - weights("toy/two")).abs().max() < 0.2
+
+
+def test_run_folder_tells_where_it_came_from(lit_gen: Command, toy: Path) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "two", "--init_from", "null") == 0
+    folder = Path("runs/toy/two")
+    names = {"config.yaml", "provenance.json", "metrics.json", "DONE", "samples", "checkpoints"}
+    assert names <= {p.name for p in folder.iterdir()} and list(folder.glob("events*"))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["model"]["init_args"]["sgd"]["lr"] == 0.02 and config["trainer"]["max_steps"] == 6
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["argv"][:2] == ["-c", "toy.yaml"] and "torch" in provenance["versions"]
+    assert not Path("runs/toy/one").exists()
+    # The resolved settings are a command's settings again, for the same run folder.
+    assert lit_gen("validate", "-c", str(folder / "config.yaml")) == 0
+
+
+def test_finished_stages_are_skipped(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml") == 0
+    before = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert lit_gen("fit", "-c", "toy.yaml") == 0
+    assert capsys.readouterr().out.count("finished already, skipped") == 2
+    assert before == {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*") if p.is_file()}
+    # harmless settings do not make a finished stage another one
+    assert lit_gen("fit", "-c", "toy.yaml", "--trainer.log_every_n_steps", "5") == 0
+
+
+def test_changed_settings_of_a_finished_stage_are_refused(
+    lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one") == 0
+    capsys.readouterr()
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", "--model.sgd.lr", "0.5") == 2
+    error = capsys.readouterr().err
+    assert "sgd.lr" in error and "--fresh" in error and error.count("\n") == 1
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", "--model.sgd.lr", "0.5", "--fresh") == 0
+    assert Path("runs/toy/one.old1/DONE").is_file() and Path("runs/toy/one/DONE").is_file()
+
+
+def test_fresh_with_a_slip_moves_nothing(lit_gen: Command, toy: Path) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one") == 0
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", "--fresh", "--model.widht", "3") == 2
+    assert Path("runs/toy/one/DONE").is_file() and not Path("runs/toy/one.old1").exists()
+
+
+def test_more_steps_continue_a_finished_stage(lit_gen: Command, toy: Path) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one") == 0
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", "--trainer.max_steps", "11") == 0
+    assert trace("toy/one") == [f"{i}:{i}" for i in range(11)]
+    continued = weights("toy/one")
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", "--trainer.max_steps", "11", "--experiment", "b") == 0
+    assert torch.equal(continued, weights("b/one"))
+
+
+def test_a_seed_on_the_command_line_has_its_own_folder(lit_gen: Command, toy: Path) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", "--seed_everything", "3") == 0
+    assert Path("runs/toy-seed3/one/DONE").is_file() and not Path("runs/toy").exists()
+
+
+def test_overrides_reach_all_stages_or_one(lit_gen: Command, toy: Path) -> None:
+    argv = ["--model.sgd.lr", "0.3", "--stages.two.trainer.max_steps=2", "--stages.two.model.sgd.lr", "0.4"]
+    assert lit_gen("fit", "-c", "toy.yaml", *argv) == 0
+    one, two = (yaml.safe_load(Path(f"runs/toy/{s}/config.yaml").read_text()) for s in ("one", "two"))
+    assert one["model"]["init_args"]["sgd"]["lr"] == 0.3 and one["trainer"]["max_steps"] == 8
+    assert two["model"]["init_args"]["sgd"]["lr"] == 0.4 and two["trainer"]["max_steps"] == 2
+
+
+def test_the_time_limit_pauses_and_the_next_command_continues(lit_gen: Command, toy: Path) -> None:
+    one = ["fit", "-c", "toy.yaml", "--stage", "one", "--model.pause", "0.3"]
+    assert lit_gen(*one, "--trainer.max_time", "00:00:02") == 0
+    assert Path("runs/toy/one/checkpoints/last.ckpt").exists() and not Path("runs/toy/one/DONE").exists()
+    assert 1 <= len(trace("toy/one")) < 8
+    # No second stage after the first one's time is up.
+    assert lit_gen("fit", "-c", "toy.yaml", "--model.pause", "0.3", "--trainer.max_time", "00:00:00") == 0
+    assert not Path("runs/toy/two/trace").exists()
+    assert lit_gen(*one) == 0
+    assert trace("toy/one") == [f"{i}:{i}" for i in range(8)]
+    assert lit_gen(*one, "--experiment", "straight") == 0
+    assert torch.equal(weights("toy/one"), weights("straight/one"))
+
+
+def test_a_signal_pauses_at_a_step_border(lit_gen: Command, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "received", None)
+    real = __import__("toy").Regression.training_step
+
+    def step(self, batch, batch_idx):  # noqa: ANN001, ANN202
+        if self.global_step == 4:
+            interrupts._remember(signal.SIGTERM, None)
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr("toy.Regression.training_step", step)
+    assert lit_gen("fit", "-c", "toy.yaml") == 128 + signal.SIGTERM
+    assert (
+        len(trace("toy/one")) == 5 and not Path("runs/toy/one/DONE").exists() and not Path("runs/toy/two/DONE").exists()
+    )
+    interrupts.received = None
+    monkeypatch.setattr("toy.Regression.training_step", real)
+    assert lit_gen("fit", "-c", "toy.yaml") == 0
+    assert trace("toy/one") == [f"{i}:{i}" for i in range(8)]
+
+
+def test_a_run_killed_in_its_last_validation_measures_the_end(lit_gen: Command, toy: Path) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one") == 0
+    whole = metrics("toy/one")
+    Path("runs/toy/one/DONE").unlink()
+    kept = {**whole, "history": whole["history"][:-1]}
+    Path("runs/toy/one/metrics.json").write_text(json.dumps(kept))
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one") == 0
+    assert metrics("toy/one")["history"] == whole["history"] and len(trace("toy/one")) == 8
+
+
+def test_a_damaged_checkpoint_is_passed_over(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", "--trainer.max_steps", "5") == 0
+    last = Path("runs/toy/one/checkpoints/last.ckpt")
+    content = bytearray(last.read_bytes())
+    last.write_bytes(content[: len(content) // 2])
+    assert not is_whole(last) and newest(last.parent) == last.with_name("previous.ckpt")
+    content[len(content) // 2] ^= 255
+    last.write_bytes(content)
+    assert not is_whole(last)
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one") == 0
+    assert "damaged" in capsys.readouterr().out
+    assert trace("toy/one")[-4:] == ["4:4", "5:5", "6:6", "7:7"]  # previous.ckpt is of step 4
+
+
+def test_the_other_verbs_use_the_last_stage(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture) -> None:
+    assert lit_gen("test", "-c", "toy.yaml") == 2
+    assert "run `fit` first" in capsys.readouterr().err
+    assert lit_gen("fit", "-c", "toy.yaml") == 0
+    trained = metrics("toy/two")
+    assert lit_gen("validate", "-c", "toy.yaml") == 0
+    assert lit_gen("test", "-c", "toy.yaml") == 0
+    measured = metrics("toy/two")
+    assert measured["validate"] == trained["validate"] and measured["test"] == trained["validate"]
+    assert measured["step"] == 6 and measured["history"] == trained["history"]
+    assert lit_gen("predict", "-c", "toy.yaml", "--prompt", "a red ball", "--prompt", "3") == 0
+    assert Path("runs/toy/two/predicted").read_text() == "a red ball|3"
+
+
+def run_until(argv: list[str], reached: Callable[[], bool]) -> None:
+    """Start a command and kill -9 it, alone, once `reached`."""
+    process = subprocess.Popen([sys.executable, "-m", "lit_gen", *argv], env=environment())
+    try:
+        deadline = time.monotonic() + 120
+        while not reached():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+
+
+def test_kill_9_in_either_stage(lit_gen: Command, toy: Path) -> None:
+    argv = ["fit", "-c", "toy.yaml", "--model.pause", "0.15"]
+
+    def steps(stage: str) -> int:
+        return len(trace(f"toy/{stage}")) if Path(f"runs/toy/{stage}/trace").exists() else 0
+
+    run_until(argv, lambda: steps("one") >= 5)
+    assert not Path("runs/toy/one/DONE").exists()
+    run_until(argv, lambda: steps("two") >= 3)
+    assert Path("runs/toy/one/DONE").exists() and not Path("runs/toy/two/DONE").exists()
+    first = trace("toy/one")
+    # Steps since the last save were made twice, none was left out, and not all were made again.
+    assert sorted(set(first), key=first.index) == [f"{i}:{i}" for i in range(8)] and first.count("0:0") == 1
+    time.sleep(1)
+    count = steps("two")
+    time.sleep(1)
+    assert steps("two") == count  # the child died with the command
+
+    assert lit_gen(*argv) == 0
+    assert trace("toy/one") == first and trace("toy/two").count("0:0") == 1
+    assert lit_gen(*argv, "--experiment", "straight") == 0
+    assert torch.equal(weights("toy/two"), weights("straight/two"))
