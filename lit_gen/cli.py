@@ -246,8 +246,7 @@ def _fit(runs: list[Run], argv: list[str], fresh: bool) -> int:
 
 
 def _measure(verb: str, run: Run, argv: list[str]) -> int:
-    keys = [key for key, _ in run.overrides]
-    if "ckpt_path" not in keys and "ckpt_path" not in run.settings.data:
+    if "ckpt_path" not in dict(run.overrides) and run.settings.data.get("ckpt_path") is None:
         if not run.last.is_file() and not run.last.is_dir():
             raise UserError(f"{run.name} has no checkpoint at {run.last}; run `fit` first, or give --ckpt_path FILE")
         run.settings.data["ckpt_path"] = str(run.last)

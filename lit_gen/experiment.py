@@ -17,7 +17,7 @@ from lit_gen.settings import Settings
 # Keys of an experiment that this file understands; everything else goes to the parser of `stage.py`.
 OWN_KEYS = ("base", "description", "experiment", "run_root", "smoke", "stages")
 
-# `--smoke`: two steps of everything, small, nothing exported. An experiment's own `smoke:` comes over this.
+# `--smoke`: two steps of everything; `stage.py` also makes sizes small. An experiment's own `smoke:` comes over this.
 SMOKE_TRAINER = {
     "max_steps": 2,
     "max_epochs": None,
@@ -28,7 +28,6 @@ SMOKE_TRAINER = {
     "limit_predict_batches": 1,
     "log_every_n_steps": 1,
 }
-SMOKE_AT_MOST = {"batch_size": 2, "val_batch_size": 2, "pool": 8, "val_pool": 4, "steps": 2}
 
 # A finished stage is as good under another value of these.
 HARMLESS = (
@@ -59,12 +58,14 @@ class Run:
         folder: everything the run writes goes here.
         settings: merged settings of this stage.
         overrides: settings from the command line, as typed.
+        smoke: for a run that is to be made small, the names of settings whose size the experiment itself chose.
     """
 
     name: str
     folder: Path
     settings: Settings
     overrides: list[Override]
+    smoke: list[str] | None = None
 
     @property
     def root(self) -> Path:
@@ -94,6 +95,7 @@ class Run:
             "argv": argv,
             "settings": self.settings.data,
             "overrides": self.overrides,
+            "smoke": self.smoke,
             "origins": [[list(key), where] for key, where in self.settings.origins.items()],
         }
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -107,8 +109,8 @@ class Run:
         request = json.loads(path.read_text())
         origins = {tuple(key): where for key, where in request["origins"]}
         overrides = [(key, value) for key, value in request["overrides"]]
-        settings = Settings(request["settings"], origins)
-        return request["verb"], request["argv"], Run(request["name"], Path(request["folder"]), settings, overrides)
+        settings, folder = Settings(request["settings"], origins), Path(request["folder"])
+        return request["verb"], request["argv"], Run(request["name"], folder, settings, overrides, request["smoke"])
 
     def effective(self) -> dict[str, Any]:
         """Settings by dotted key, overrides included."""
@@ -125,8 +127,15 @@ class Run:
         if not self.request("fit").is_file():
             return {}
         old, new = self.read_request(self.request("fit"))[2].effective(), self.effective()
-        keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-        return {k: (old.get(k), new.get(k)) for k in keys if not k.startswith(HARMLESS)}
+        config = self.folder / "config.yaml"
+        resolved = dict(_flatten(trees.read(config).data)) if config.is_file() else {}
+        changed: Changes = {}
+        for key in sorted(old.keys() | new.keys()):
+            was = [values[key] for values in (old, resolved) if key in values]
+            # Spelling a default out is no change; leaving out what was chosen is one.
+            if (new[key] not in was if key in new else key in old) and not key.startswith(HARMLESS):
+                changed[key] = (was[0] if was else None, new.get(key))
+        return changed
 
 
 def read(files: list[str], overrides: list[Override]) -> Settings:
@@ -173,8 +182,8 @@ def runs(files: list[str], overrides: list[Override], smoke: bool = False) -> li
     common = Settings({k: v for k, v in merged.data.items() if k not in OWN_KEYS})
     common.origins = {k: where for k, where in merged.origins.items() if k[0] not in OWN_KEYS}
     if not stages:
-        common = _shrunk(common, merged, None) if smoke else common
-        return [Run(name, root, common, _for_stage(overrides, None))]
+        common, chosen = _shortened(common, merged, None) if smoke else (common, None)
+        return [Run(name, root, common, _for_stage(overrides, None), chosen)]
     result: list[Run] = []
     for stage in stages:
         tree = trees.merge(common, trees.subtree(merged, ("stages", stage)))
@@ -182,11 +191,11 @@ def runs(files: list[str], overrides: list[Override], smoke: bool = False) -> li
             if key in tree.data and key != "description":
                 raise UserError(f"{tree.origin((key,))}: `{key}` belongs at the top of the file, not in a stage")
         tree.data.pop("description", None)
-        tree = _shrunk(tree, merged, stage) if smoke else tree
+        tree, chosen = _shortened(tree, merged, stage) if smoke else (tree, None)
         if "init_from" not in tree.data and result:
             tree.data["init_from"] = str(result[-1].last)
             tree.origins[("init_from",)] = f"{merged.origin(('stages', stage))} (the stage before)"
-        result.append(Run(f"{name}/{stage}", root / stage, tree, _for_stage(overrides, stage)))
+        result.append(Run(f"{name}/{stage}", root / stage, tree, _for_stage(overrides, stage), chosen))
     return result
 
 
@@ -244,28 +253,17 @@ def _read_with_base(file: Path, within: tuple[Path, ...]) -> Settings:
     return trees.merge(result, own)
 
 
-def _shrunk(tree: Settings, merged: Settings, stage: str | None) -> Settings:
-    """A stage's settings made small: what is known to be large by its name, then what the file's `smoke:` says."""
-
-    def shrink(value: Any, key: str | None = None) -> Any:
-        if isinstance(value, dict):
-            return {k: shrink(v, k) for k, v in value.items()}
-        if isinstance(value, list):
-            return [shrink(v) for v in value]
-        if key == "export":
-            return None
-        return min(value, SMOKE_AT_MOST[key]) if key in SMOKE_AT_MOST and type(value) is int else value
-
-    tree = trees.merge(Settings(shrink(tree.data), tree.origins), Settings({"trainer": SMOKE_TRAINER}))
-    if "smoke" not in merged.data:
-        return tree
-    own = trees.subtree(merged, ("smoke",))
-    parts = [Settings({k: v for k, v in own.data.items() if k != "stages"}, own.origins)]
-    if stage in own.data.get("stages", {}):
-        parts.append(trees.subtree(own, ("stages", stage)))
+def _shortened(tree: Settings, merged: Settings, stage: str | None) -> tuple[Settings, list[str]]:
+    """A stage's settings for `--smoke`, and the names of those that the file's own `smoke:` section chose."""
+    parts = [Settings({"trainer": SMOKE_TRAINER})]
+    if "smoke" in merged.data:
+        own = trees.subtree(merged, ("smoke",))
+        parts.append(Settings({k: v for k, v in own.data.items() if k != "stages"}, own.origins))
+        if stage in own.data.get("stages", {}):
+            parts.append(trees.subtree(own, ("stages", stage)))
     for part in parts:
         tree = trees.merge(tree, part)
-    return tree
+    return tree, [str(path[-1]) for part in parts[1:] for path, _ in trees.leaves(part.data)]
 
 
 def _for_stage(overrides: list[Override], stage: str | None) -> list[Override]:

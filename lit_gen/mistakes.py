@@ -13,7 +13,7 @@ import pkgutil
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as L
@@ -95,10 +95,11 @@ def _subclass(tree: Settings, path: KeyPath, value: Any, base: Any) -> list[str]
     arguments = value.get("init_args")
     if arguments is not None and not isinstance(arguments, dict):
         return [*found, _line(tree, (*path, "init_args"), f"`{key}.init_args` must be a mapping, not {arguments!r}")]
-    return found + _arguments(tree, (*path, "init_args"), arguments or {}, cls)
+    is_factory = any(typing.get_origin(t) is Callable for t in _alternatives(base))  # called later, with the rest
+    return found + _arguments(tree, (*path, "init_args"), arguments or {}, cls, complete=not is_factory)
 
 
-def _arguments(tree: Settings, path: KeyPath, values: dict[str, Any], cls: type) -> list[str]:
+def _arguments(tree: Settings, path: KeyPath, values: dict[str, Any], cls: type, complete: bool = True) -> list[str]:
     """Settings of one class or dataclass."""
     known = parameters(cls)
     if known is None:
@@ -112,7 +113,7 @@ def _arguments(tree: Settings, path: KeyPath, values: dict[str, Any], cls: type)
         else:
             found += _value(tree, here, value, known[name.rstrip("+")][0])
     for name, (_, default) in known.items():
-        if default is inspect.Parameter.empty and name not in values:
+        if complete and default is inspect.Parameter.empty and name not in values:
             found.append(_line(tree, path, f"`{_dotted(path)}` lacks `{name}`, which {cls.__name__} needs"))
     return found
 
@@ -249,7 +250,7 @@ def with_overrides(run: Run) -> Settings:
             if isinstance(node, list) or part.endswith("+"):
                 parts = []
                 break
-        if not parts:  # into a list: the parser's business
+        if not parts or (parts[0] == "trainer" and len(parts) > 2):  # into a list or its like: the parser's business
             continue
         value = True if text is None else parse_value(text)
         over: Any = {"class_path": value} if isinstance(node, dict) and "class_path" in node else value

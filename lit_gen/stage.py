@@ -15,7 +15,8 @@ import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
@@ -98,6 +99,9 @@ class Command(LightningCLI):
                 found += [line for line in str(error).splitlines() if line not in found]
         if found:
             raise UserError("\n".join(found))
+        for run, settings in zip(self.runs, self.bound, strict=True):
+            if run.smoke is not None:
+                _shrink(settings[self.verb], run.smoke)
         self.config = self.bound[0]
 
     def _parse_ckpt_path(self) -> None:
@@ -110,11 +114,11 @@ class Command(LightningCLI):
             folder = run.folder if fitting else run.folder / self.verb
             kwargs["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
         config = self._parser(self.verb).dump(_without_root(settings), skip_none=False, format="yaml")
+        config = f"experiment: {run.name}\nrun_root: {run.root}\n{config}"
         self.pause = Pause(settings.trainer.max_time)
         kwargs["max_time"] = None
         kwargs["plugins"] = [*(self._get(self.config_init, "trainer").plugins or []), AtomicCheckpointIO()]
         callbacks = [Record(config, tuple(self.argv)), self.pause]
-        config = f"experiment: {run.name}\nrun_root: {run.root}\n{config}"
         if settings.trainer.enable_progress_bar is not False:
             callbacks.append(Progress(run.name))
         self.trainer_defaults["callbacks"] = callbacks
@@ -140,6 +144,12 @@ class Command(LightningCLI):
         if self.trainer.is_global_zero:
             run.done.write_text(json.dumps({"step": self.trainer.global_step}) + "\n")
 
+    def predict(self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> None:
+        """Generate; from the model's own inputs if it has any."""
+        if is_overridden("predict_dataloader", model):
+            datamodule = None  # Lightning would prefer the data module's
+        self.trainer.predict(model, datamodule=datamodule, **kwargs)
+
     def _measure_the_end(self, model: L.LightningModule, kwargs: dict[str, Any]) -> None:
         """Validate the final weights, unless training ended with a validation that was recorded."""
         record = next(c for c in self.trainer.callbacks if isinstance(c, Record))
@@ -164,6 +174,23 @@ def bind(parser: LightningArgumentParser, subparser: LightningArgumentParser, ve
         raise UserError(f"{run.name}: {mistakes.shorten(str(error))}") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{run.name}: {mistakes.shorten(str(error))}") from None
+
+
+# What `--smoke` makes of settings that are known by their names to be large, or to write outside of the run folder.
+SMOKE_AT_MOST = {"batch_size": 2, "val_batch_size": 2, "pool": 8, "val_pool": 4, "steps": 2, "workers": 1}
+SMOKE_NOTHING = ("export",)
+
+
+def _shrink(settings: Namespace, chosen: list[str]) -> None:
+    """Make bound settings small, in place, but for those whose names are in `chosen`."""
+    for key, value in list(settings.items()):
+        name = key.rpartition(".")[2]
+        if name in chosen:
+            continue
+        if name in SMOKE_AT_MOST and type(value) is int:
+            settings[key] = min(value, SMOKE_AT_MOST[name])
+        elif name in SMOKE_NOTHING:
+            settings[key] = None
 
 
 def load_weights(model: L.LightningModule, path: str) -> None:
@@ -194,6 +221,8 @@ def main(argv: list[str]) -> int:
     lock = _lock(run.folder)  # held until this process ends
     try:
         command = Command(verb, [r for _, _, r in requests], words)
+    except SIGTERMException:  # before or after training, where Lightning's own handler stands
+        return PAUSED
     except Exception as error:
         raise _as_user_error(error, run) from error
     del lock

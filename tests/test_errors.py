@@ -147,6 +147,19 @@ def test_several_mistakes_are_listed_together(lit_gen: Command, toy: Path, capsy
     assert not Path("runs/over/one/checkpoints").exists()  # a mistake in stage two shows before stage one is run
 
 
+def test_what_is_right_is_let_through(lit_gen: Command, toy: Path) -> None:
+    words = ["--trainer.callbacks+=lit_gen.callbacks.ema.EMA", "--trainer.callbacks.decay=0.5", "--trainer.max_steps=1"]
+    words += [
+        "--trainer.callbacks+=EarlyStopping",
+        "--trainer.callbacks.monitor=train/loss",
+        "--model",
+        "toy.Regression",
+    ]
+    assert lit_gen("fit", "-c", "toy.yaml", *words) == 0
+    config = Path("runs/toy/two/config.yaml").read_text()
+    assert "decay: 0.5" in config and "monitor: train/loss" in config
+
+
 def test_bugs_keep_their_traceback(lit_gen: Command, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: object, batch: object, batch_idx: int) -> None:
         raise ValueError("a bug")

@@ -61,6 +61,8 @@ def test_run_folder_tells_where_it_came_from(lit_gen: Command, toy: Path) -> Non
     assert not Path("runs/toy/one").exists()
     # The resolved settings are a command's settings again, for the same run folder.
     assert lit_gen("validate", "-c", str(folder / "config.yaml")) == 0
+    assert lit_gen("fit", "-c", str(folder / "config.yaml")) == 0
+    assert not Path("runs/config").exists() and len(trace("toy/two")) == 6
 
 
 def test_finished_stages_are_skipped(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture) -> None:
@@ -184,6 +186,21 @@ def test_the_other_verbs_use_the_last_stage(lit_gen: Command, toy: Path, capsys:
     assert measured["step"] == 6 and measured["history"] == trained["history"]
     assert lit_gen("predict", "-c", "toy.yaml", "--prompt", "a red ball", "--prompt", "3") == 0
     assert Path("runs/toy/two/predicted").read_text() == "a red ball|3"
+
+
+def test_a_signal_during_the_imports_is_remembered(toy: Path) -> None:
+    argv = [sys.executable, "-m", "lit_gen", "fit", "-c", "toy.yaml", "--model.pause", "0.2"]
+    process = subprocess.Popen(argv, env=environment())
+    try:
+        while not Path("runs/toy/one/fit.json").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+    assert len(trace("toy/one")) == 1 and is_whole(Path("runs/toy/one/checkpoints/last.ckpt"))
+    assert not Path("runs/toy/one/DONE").exists()
 
 
 def run_until(argv: list[str], reached: Callable[[], bool]) -> None:

@@ -37,7 +37,7 @@ def build(set_file: str | Path, workers: int | None = None, force: bool = False,
     continues with the shards it has. A set whose file, or the world's code, changed is built again with a notice.
 
     Args:
-        workers: processes that render, all CPU cores by default. The bytes do not depend on it.
+        workers: processes that render; by default one per core, or one for a small set. The bytes do not depend on it.
         force: build again even if nothing changed.
         device: "cpu" or "cuda"; by default a GPU if there is one.
     """
@@ -56,7 +56,7 @@ def build(set_file: str | Path, workers: int | None = None, force: bool = False,
                 shutil.rmtree(leftover)
         building = folder.parent / f".{folder.name}.{source[:12]}.building"
         building.mkdir(exist_ok=True)
-        shards = _write_all(description, building, workers or os.cpu_count() or 1, device)
+        shards = _write_all(description, building, workers or _useful_workers(description), device)
         write_index(building, description.kind, shards, description.description, source)
         _replace(building, folder)
     return folder
@@ -124,6 +124,11 @@ def _write_all(description: SetFile, folder: Path, workers: int, device: str | N
     for file in folder.glob("*.json"):
         file.unlink()
     return shards
+
+
+def _useful_workers(description: SetFile) -> int:
+    pictures = description.count * (description.frames if description.kind == "videos" else 1)
+    return 1 if pictures < 1000 else os.cpu_count() or 1  # starting processes takes as long as some hundred pictures
 
 
 def _in_processes(write: partial, count: int, workers: int, bar: tqdm) -> list[Shard]:

@@ -44,8 +44,8 @@ class Shards(L.LightningDataModule):
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.workers, self.seed, self.tolerance = workers, seed, tolerance
 
-    def transform(self, training: bool) -> Transform:
-        """What a sample is made of."""
+    def transform(self, shards: ShardSet, training: bool) -> Transform:
+        """What a sample of these shards is made of."""
         raise NotImplementedError
 
     def prepare_data(self) -> None:
@@ -82,7 +82,7 @@ class Shards(L.LightningDataModule):
         trainer = self.trainer
         return ShardLoader(
             shards,
-            self.transform(split == "train"),
+            self.transform(shards, split == "train"),
             self.extensions,
             batch_size,
             shuffle=split == "train",
@@ -128,7 +128,7 @@ class Images(Shards):
         super().__init__(train, val, test, batch_size, val_batch_size, workers, seed, tolerance)
         self.size = size
 
-    def transform(self, training: bool) -> ImageSample:
+    def transform(self, shards: ShardSet, training: bool) -> ImageSample:
         return ImageSample(self.size)
 
 
@@ -170,8 +170,9 @@ class Videos(Shards):
         super().__init__(train, val, test, batch_size, val_batch_size, workers, seed, tolerance)
         self.size, self.frames, self.stride = size, frames, stride
 
-    def transform(self, training: bool) -> VideoSample:
-        return VideoSample(self.size, self.frames, self.stride, random_start=training)
+    def transform(self, shards: ShardSet, training: bool) -> VideoSample:
+        stored = shards.description.get("frames")
+        return VideoSample(self.size, self.frames, self.stride, random_start=training, stored=stored)
 
 
 class StyledImages(Shards):
@@ -213,7 +214,7 @@ class StyledImages(Shards):
         super().__init__(train, val, test, batch_size, val_batch_size, workers, seed, tolerance)
         self.size, self.zoom, self.strip_style = size, zoom, strip_style
 
-    def transform(self, training: bool) -> StyleSample:
+    def transform(self, shards: ShardSet, training: bool) -> StyleSample:
         return StyleSample(self.size, self.zoom, self.strip_style)
 
 

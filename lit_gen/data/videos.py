@@ -23,9 +23,12 @@ class VideoSample:
     frames: int | None = None  # F; None takes every frame
     stride: int = 1  # every so many frames of the file
     random_start: bool = True  # anywhere in longer clips, else the middle
+    stored: int | None = None  # frames that every file of the set has, where that is known
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         clip = member(sample, VIDEO)  # F' H' W' 3
+        if self.stored is not None and len(clip) != self.stored:
+            raise BadSample(f"the video has {len(clip)} of {self.stored} frames")
         if self.frames is not None:
             span = (self.frames - 1) * self.stride + 1
             spare = len(clip) - span

@@ -39,14 +39,20 @@ class Base(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images B 3 H W in [-1, 1] to scaled latents B C h w, drawn from the encoder's posterior."""
-        latents = self.vae.encode(images.to(self.vae.dtype)).latent_dist.sample()
+        with self._own_precision():
+            latents = self.vae.encode(images.to(self.vae.dtype)).latent_dist.sample()
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents B C h w to images B 3 H W in [-1, 1]."""
         latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        return self.vae.decode(latents.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+        with self._own_precision():
+            return self.vae.decode(latents.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+
+    def _own_precision(self) -> torch.autocast:
+        # Autoencoders lose detail, and Stable Diffusion's overflows, in the half precision of mixed training.
+        return torch.autocast(self.vae.device.type, enabled=False)
 
 
 def load_base(

@@ -21,13 +21,25 @@ def partners(batch: dict[str, Any]) -> list[int]:
     Content is the kinds of objects where facts tell them, the caption otherwise; if every other sample shares some of
     it, the one that shares least is taken.
     """
-    content = [_content(caption, facts) for caption, facts in zip(batch["caption"], batch["facts"], strict=True)]
+    content = _contents(batch)
     count = len(content)
     chosen = []
     for i, own in enumerate(content):
         others = [(i + k) % count for k in range(1, count)] or [i]
         chosen.append(min(others, key=lambda j: len(own & content[j])))
     return chosen
+
+
+def strangers(batch: dict[str, Any], prompts: int, count: int) -> list[int]:
+    """`count` samples to be references for all of the first `prompts` ones: those that share least content with any."""
+    content = _contents(batch)
+    taken = set().union(*content[:prompts])
+    rest = range(prompts, len(content)) if len(content) > prompts else range(len(content))
+    return sorted(rest, key=lambda j: len(content[j] & taken))[:count]
+
+
+def _contents(batch: dict[str, Any]) -> list[set[Any]]:
+    return [_content(caption, facts) for caption, facts in zip(batch["caption"], batch["facts"], strict=True)]
 
 
 def _content(caption: str, facts: dict[str, Any]) -> set[Any]:

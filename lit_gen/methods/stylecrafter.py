@@ -31,7 +31,14 @@ from lit_gen.diffusion.temporal import motion_modules, motion_unet
 from lit_gen.diffusion.text import encode_text
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Method, Optimizer
-from lit_gen.methods.style_transfer import ClipScores, PictureScores, in_nearest_style, partners, read_references
+from lit_gen.methods.style_transfer import (
+    ClipScores,
+    PictureScores,
+    in_nearest_style,
+    partners,
+    read_references,
+    strangers,
+)
 
 # Groups of validation scalars: our pictures, and those of the untouched base told the nearest style's name.
 ADAPTER, WORDS = "adapter", "base with style words"
@@ -242,6 +249,12 @@ class StyleCrafter(Method):
         else:
             self.validate_pictures(batch, batch_idx)
 
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
     def validate_pictures(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Score each prompt in the style of another sample, and the base that is told the nearest style's name."""
         if self.scores:
@@ -257,8 +270,8 @@ class StyleCrafter(Method):
             self.scores[WORDS].update(pictures, named, scenes[torch.tensor(chosen, device=self.device)])
         if batch_idx == 0:
             count = max(min(4, len(batch["caption"]) // 2), 1)
-            references = batch["style"][count : 2 * count] if len(batch["caption"]) > count else batch["style"]
-            self._shown = {"prompts x styles": self.draw_grid(batch["caption"][:count], list(references))}
+            references = list(batch["style"][strangers(batch, count, count)])
+            self._shown = {"prompts x styles": self.draw_grid(batch["caption"][:count], references)}
 
     def validate_clips(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Score each prompt's clip in the style of another clip against real clips of those styles."""
@@ -272,14 +285,16 @@ class StyleCrafter(Method):
         self.clip_scores.update(clips, video, scenes, scenes.style_parameters[chosen] if known else None)
         if batch_idx == 0:
             rows = [list(references[:4]), list(clips[:4]), list(video[:4])]
-            self._shown = {"clips": contact_sheet(rows, captions[:4], ["reference", "generated", "real clip"])}
+            self._shown = {
+                "clips": contact_sheet(rows, captions[:4], ["reference", "generated", "real clip in its own style"])
+            }
 
     def on_validation_epoch_end(self) -> None:
         scores = {name: scores.compute() for name, scores in self.scores.items()}
         if self.clip_scores is not None:
             scores["clips"] = self.clip_scores.compute()
         for group, values in scores.items():  # the metrics have already been summed over ranks
-            self.log_dict({f"{group}/{name}": value for name, value in values.items()})
+            self.log_dict({f"{group}/{name}": value for name, value in values.items()}, sync_dist=True)
         if self.scores:
             self.log("style error, adapter over words", scores[ADAPTER]["style error"] / scores[WORDS]["style error"])
 

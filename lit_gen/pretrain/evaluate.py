@@ -109,7 +109,7 @@ def evaluate(
     if (Path(folder) / "image_encoder").is_dir():
         figures["clip"] = _retrieval(folder, images, device)
     figures["generated"], figures["rendered"] = _pictures(painter, judge, images, device, out)
-    if painter.motion:
+    if painter.motion and clips:
         figures["video"] = _clips(painter, judge, clips, device, out)
     (out / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
@@ -146,15 +146,17 @@ def _pictures(
     generated: dict[str, float] = {}
     rendered: dict[str, float] = {}
     gallery = []
+    size = 64 if device == "cpu" else 256
     with tqdm(total=count * len(QUESTIONS), desc="drawing", unit=" images") as progress:
         for recipe, attributes in QUESTIONS.items():
             scenes = _scenes(recipe, count, device)
             drawn, truth = PromptAccuracy(judge).to(device), PromptAccuracy(judge).to(device)
-            truth.update(_render(scenes), scenes)
-            prompts = [c.text for c in captions(scenes)]
-            for start in range(0, count, 64):
-                picture = painter.images(prompts[start : start + 64], first_seed=start)
-                drawn.update(picture, scenes[start : start + 64])
+            said = captions(scenes)
+            truth.update(_render(scenes), scenes, said)
+            for start in range(0, count, size):
+                part = said[start : start + size]
+                picture = painter.images([c.text for c in part], first_seed=start)
+                drawn.update(picture, scenes[start : start + size], part)
                 progress.update(len(picture))
                 if start == 0:
                     gallery.append(picture[:10])

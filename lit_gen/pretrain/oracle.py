@@ -49,7 +49,8 @@ class OracleTraining(Method):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss, parts = self._images(batch) if self.read == "images" else self._videos(batch)
-        self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # not at every step: there are two dozen
+            self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 

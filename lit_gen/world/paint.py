@@ -81,6 +81,8 @@ def paint(scenes: Scenes, camera: Camera, parts: Parts, surface: Surface, size: 
 
 def paint_objects(scenes: Scenes, parts: Parts, surface: Surface, position: Tensor) -> Tensor:
     """Colour (3 W, linear) of the visible points of objects, whose world positions are 3 W."""
+    if not surface.unit:
+        return torch.zeros_like(position)
     scene, slot = parts.scene, parts.slot
     colour, pattern, kind, marked, subject = (
         v[scene, slot] for v in (scenes.colour, scenes.pattern, scenes.kind, scenes.marked, scenes.subject)

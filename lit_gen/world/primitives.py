@@ -248,10 +248,13 @@ def _hit_ring(ox: Tensor, oy: Tensor, oz: Tensor, dx: Tensor, dy: Tensor, dz: Te
     r0, r1 = _root(torch.ones_like(ox), torch.zeros_like(ox), ox * ox + oy * oy + oz * oz - 1)
     t, far = torch.maximum(y0, r0), torch.minimum(y1, r1)
     index = (t <= far).nonzero()[:, 0]  # only rays that can hit march on
-    ox, oy, oz, dx, dy, dz, march, end = (v[index] for v in (ox, oy, oz, dx, dy, dz, t, far))
-    for _ in range(40):
+    few = torch.stack([ox, oy, oz, dx, dy, dz, t, far]).index_select(1, index)
+    ox, oy, oz, dx, dy, dz, march, end = few
+    for _ in range(36):
         x, y, z = ox + march * dx, oy + march * dy, oz + march * dz
-        gap = torch.hypot(torch.hypot(x, z) - _CORE, y) - TUBE
-        march = march + gap
-    found = torch.where((march <= end + 1e-4) & (gap < 2e-4), march, math.inf)
+        around = (x * x + z * z).sqrt() - _CORE
+        gap = (around * around + y * y).sqrt() - TUBE
+        # No tiny steps beside the ring, where a ray that grazes it and hits its other side would starve.
+        march = march + torch.where(gap > 3e-5, gap.clamp(min=0.01), gap)
+    found = torch.where((march <= end + 1e-4) & (gap < 3e-4), march, math.inf)
     return (start + torch.full_like(start, math.inf).index_copy(0, index, found)) / length

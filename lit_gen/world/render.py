@@ -62,7 +62,8 @@ def render(scenes: Scenes, size: int = 64, supersample: int = 2, chunk: int | No
     if len(scenes) == 0:
         raise ValueError("render: no scenes given; pass at least one")
     chunk = chunk or _chunk_length(scenes.kind.device, size * supersample)
-    done = [_render_chunk(scenes[i : i + chunk], size, supersample) for i in range(0, len(scenes), chunk)]
+    with torch.autocast(scenes.kind.device.type, enabled=False):  # trainers call this from within mixed precision
+        done = [_render_chunk(scenes[i : i + chunk], size, supersample) for i in range(0, len(scenes), chunk)]
     buffers = (torch.cat([getattr(f, name) for f in done]) for name in ("rgb", "instance", "depth", "normal"))
     return Frames(*buffers, camera=camera_of(scenes))
 
@@ -105,7 +106,7 @@ def flow(now: Scenes, then: Scenes, depth: Tensor, instance: Tensor) -> Tensor:
 
 def _chunk_length(device: torch.device, size: int) -> int:
     """How many scenes at once: pixel planes that stay in a CPU's cache, or that keep a GPU busy."""
-    pixels = 2**18 if device.type == "cpu" else 2**23
+    pixels = 2**19 if device.type == "cpu" else 2**23
     return max(1, pixels // size**2)
 
 

@@ -113,18 +113,24 @@ def _flat(layers: Layers, thing: Tensor, light: Tensor) -> Tensor:
 
 def _saturate(colour: Tensor, saturation: Tensor, paper: Tensor, ink: Tensor) -> Tensor:
     """Below one half towards tones between ink and paper, above it towards purer colours."""
-    grey = _luminance(colour)
     dark, bright = torch.where(_luminance(paper) < _luminance(ink), paper, ink), torch.maximum(paper, ink)
-    tones = dark + (bright - dark) * _step(grey, -0.05, 0.95)
+    tones = dark + (bright - dark) * _step(_luminance(colour), -0.05, 0.95)
     muted = colour + (tones - colour) * (1 - 2 * saturation).clamp(min=0)
-    return muted + (muted - _luminance(muted)) * (1.1 * (saturation - 0.5).clamp(min=0))
+    return _purer(muted, (saturation - 0.5).clamp(min=0) * 1.2)
+
+
+def _purer(colour: Tensor, gain: Tensor) -> Tensor:
+    """Colours with less white in them: the span of the channels grows by a factor 1 + gain, hue and maximum stay."""
+    top = colour.amax(1, keepdim=True)
+    most = top / (top - colour.amin(1, keepdim=True)).clamp(min=1e-4) - 1  # the smallest channel ends at zero
+    return colour - (top - colour) * most.clamp(min=0).minimum(gain)
 
 
 def _own_ink(colour: Tensor, thing: Tensor, dark_paper: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Ink in the colour of the nearest object, bright on dark paper and deep on light paper, and where one is near."""
     weight = _blur(thing, 1.5 * scale)
     own = _blur(colour * thing, 1.5 * scale) / weight.clamp(min=1e-3)
-    pure = (own + 0.9 * (own - own.mean(1, keepdim=True))).clamp(min=0)
+    pure = _purer(own, own.new_tensor(0.9))
     bright = (pure / pure.amax(1, keepdim=True).clamp(min=0.4)).clamp(max=1)
     return torch.where(dark_paper, bright, own * 0.55), (weight * 1e3).clamp(max=1)
 

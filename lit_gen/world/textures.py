@@ -118,7 +118,7 @@ def patterned(name: str, p: Tensor, pattern: Tensor) -> Tensor:
             near = torch.maximum(torch.maximum(b + golden * c, c + golden * a), a + golden * b)
             dot = near > math.cos(0.34) * math.sqrt(1 + golden**2)
         else:
-            rows = (z + 1) * 2
+            rows = (z.clamp(-0.999, 0.999) + 1) * 2  # caps lie on the border of a row
             row = ((z + 1) * 1.5).floor().clamp(0, 2)
             count = 8 - 3 * row if name == "cone" else torch.full_like(row, 8.0)
             girth = (5.0 - 1.7 * row) / count if name == "cone" else 0.6

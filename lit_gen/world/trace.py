@@ -104,7 +104,8 @@ def trace(camera: Camera, parts: Parts, size: int) -> Surface:
         nearest = t <= depth.index_select(0, pixel)
         owner.scatter_reduce_(0, pixel, part.masked_fill(~nearest, len(parts.scene)), "amin")  # ties: the lowest part
         seen.append(nearest)
-    unit, pixels, owners, normals = [], [], [], []
+    nothing = torch.zeros(0, dtype=torch.long, device=depth.device)
+    unit, pixels, owners, normals = [], [nothing], [nothing], [depth.new_zeros(3, 0)]
     for (name, t, pixel, origins, ray, part), nearest in zip(found, seen, strict=True):
         won = (nearest & (owner.index_select(0, pixel) == part)).nonzero()[:, 0]
         t, pixel, part = (v.index_select(0, won) for v in (t, pixel, part))

@@ -34,10 +34,11 @@ def image_set(folder: Path, sizes: tuple[int, ...] = (7, 5, 6, 4), kind: str = "
     return folder
 
 
-def video_set(folder: Path, count: int = 6, frames: int = 8) -> Path:
-    """One shard; frame f of clip i is grey value 8 * f + i."""
+def video_set(folder: Path, count: int = 6, frames: int = 8, lost: dict[int, int] | None = None) -> Path:
+    """One shard; frame f of clip i is grey value 8 * f + i. `lost`: clip -> frames that are left of it."""
     folder.mkdir(parents=True)
-    clips = (np.stack([picture(8 * f + i, 16) for f in range(frames)]) for i in range(count))
+    lengths = {i: frames for i in range(count)} | (lost or {})
+    clips = (np.stack([picture(8 * f + i, 16) for f in range(length)]) for i, length in lengths.items())
     samples = ({"__key__": f"{i}", "mp4": encode_video(clip), "txt": b"a clip"} for i, clip in enumerate(clips))
     write_index(folder, "videos", [write_tar(folder / "000000.tar", samples)], {})
     return folder

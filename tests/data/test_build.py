@@ -7,13 +7,14 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lit_gen.data import build as building
 from lit_gen.data.build import build
 from lit_gen.data.command import main
-from lit_gen.data.decode import read_image, read_video
+from lit_gen.data.decode import encode_video, read_image, read_video
 from lit_gen.data.facts import facts_from_scenes, scenes_from_facts
 from lit_gen.data.images import to_tensor
 from lit_gen.data.shards import ShardSet
@@ -78,6 +79,11 @@ def test_videos_are_nearly_lossless(tmp_path):
     truth = render_video(sample("motion", "train", 5, torch.arange(2)), frames=5, size=64).rgb[1]
     assert video.shape == truth.shape == (5, 3, 64, 64)
     assert -10 * torch.log10((video - truth).square().mean()) > 38  # dB
+
+
+def test_videos_are_encoded_to_the_same_bytes():
+    speckled = np.random.default_rng(0).integers(0, 90, (8, 64, 64, 3)).astype(np.uint8)
+    assert len({encode_video(speckled) for _ in range(30)}) == 1
 
 
 def test_two_processes_write_the_same_bytes_as_one(built, tmp_path):

@@ -1,14 +1,16 @@
 import logging
 
+import numpy as np
 import pytest
 import torch
 from shard_sets import image_set
 
 from lit_gen.data import images
+from lit_gen.data.decode import decode, encode_image
 from lit_gen.data.images import ImageSample
 from lit_gen.data.loader import ShardLoader
 from lit_gen.data.mixed import MixedLoader
-from lit_gen.data.shards import ShardError, ShardSet
+from lit_gen.data.shards import BadSample, ShardError, ShardSet
 from lit_gen.data.styled import StyleSample
 
 
@@ -169,6 +171,19 @@ def corrupt_one_picture(data: bytearray) -> bytearray:
     at = data.index(b"IDAT", data.index(b"IDAT") + 1)  # of the shard's second sample, which is sample 8
     data[at + 4 : at + 20] = bytes(16)
     return data
+
+
+def test_no_flipped_bit_of_a_picture_changes_it_unseen():
+    speckled = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    whole = encode_image(speckled)
+    for place in range(0, len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[place] ^= 4
+        try:
+            seen = np.asarray(decode("png", bytes(flipped)))
+        except BadSample:
+            continue
+        assert np.array_equal(seen, speckled), place
 
 
 @pytest.mark.parametrize("workers", [0, 2])

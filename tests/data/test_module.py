@@ -106,6 +106,15 @@ def test_videos_give_consecutive_frames_from_a_place_that_is_reproducible(tmp_pa
         next(iter(Videos(train=source, frames=9).train_dataloader()))
 
 
+def test_a_video_that_lost_frames_is_replaced(tmp_path):
+    source = video_set(tmp_path / "clips", lost={2: 5})
+    index = json.loads((source / "index.json").read_text())
+    (source / "index.json").write_text(json.dumps(index | {"description": {"frames": 8}}))
+    loader = Videos(train=str(source), batch_size=6, tolerance=0.5).train_dataloader()
+    assert next(iter(loader))["video"].shape == (6, 8, 3, 16, 16)
+    assert loader.bad == {"000000.tar/2": "the video has 5 of 8 frames"}
+
+
 @pytest.fixture
 def gradients(tmp_path):
     """Pictures whose red is x and green is y, so that a crop tells where it was taken."""

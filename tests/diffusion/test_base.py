@@ -76,3 +76,10 @@ def test_mistakes_are_one_line_that_helps(tiny_base, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=expected) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_autoencoder_keeps_its_precision_in_mixed_training(base):
+    latents = torch.randn(1, 8, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = base.decode(latents)
+    assert torch.equal(mixed, base.decode(latents))

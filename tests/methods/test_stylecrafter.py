@@ -12,7 +12,7 @@ from lit_gen.data.styled import strip_style
 from lit_gen.diffusion.style_adapter import Adapter
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Optimizer
-from lit_gen.methods.style_transfer import partners, read_references
+from lit_gen.methods.style_transfer import partners, read_references, strangers
 from lit_gen.methods.stylecrafter import Sampling, StyleCrafter, real_samples
 from lit_gen.metrics.oracle import Oracle
 from lit_gen.world.grammar import captions
@@ -130,6 +130,22 @@ def test_both_stages_train_only_their_part_and_pass_the_adapter_on(tiny_base, tm
     assert (png[-1].width, png[-1].height) == sheet.size
 
 
+@pytest.mark.parametrize("stage", ["adapter", "temporal"])
+def test_interrupted_training_ends_with_the_same_weights(tiny_base, tmp_path, stage):
+    clips = {"video": torch.rand(2, 3, 3, 64, 64) * 2 - 1, "caption": ["a red ball"] * 2}
+    batches = loader(*[clips if stage == "temporal" else tinted(2)] * 4)
+    quiet = dict(logger=False, callbacks=[], enable_checkpointing=False)
+    whole, part, rest = (method(tiny_base, stage) for _ in range(3))
+    trainer(tmp_path, max_steps=4, **quiet).fit(whole, batches)
+    half = trainer(tmp_path, max_steps=2, **quiet)
+    half.fit(part, batches)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    trainer(tmp_path, max_steps=4, **quiet).fit(rest, batches, ckpt_path=tmp_path / "half.ckpt")
+    end, resumed, middle = whole.state_dict(), rest.state_dict(), part.state_dict()
+    assert all(torch.equal(end[k], resumed[k]) for k in end)
+    assert not all(torch.equal(end[k], middle[k]) for k in end)
+
+
 def test_pictures_and_clips_both_reach_every_temporal_weight(tiny_base):
     model = method(tiny_base, "temporal")
     for batch in (tinted(4), {"video": torch.rand(2, 4, 3, 64, 64) * 2 - 1, "caption": ["a red ball"] * 2}):
@@ -168,6 +184,8 @@ def test_reference_never_shares_the_prompts_content():
     kinds = [{k for k in row if k >= 0} for row in scenes.kind.tolist()]
     for own, j in enumerate(partners(batch)):
         assert own != j and not kinds[own] & kinds[j]
+    prompts = set().union(*kinds[:3])
+    assert not any(kinds[j] & prompts or j < 3 for j in strangers(batch, 3, 2))
     untold = {"caption": ["a dog", "a dog", "a cat"], "facts": [{}, {}, {}]}
     assert partners(untold) == [2, 2, 0]
 

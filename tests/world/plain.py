@@ -63,7 +63,5 @@ def plain_buffers(scenes, size):
             world = torch.nn.functional.normalize(slope @ to_unit, dim=1)
             best, owner = torch.where(closer, met, best), torch.where(closer, parts.slot[e] + 1, owner)
             facing = torch.where(closer[:, None], world, facing)
-        depth[b], instance[b], normal[b] = (
-            v.reshape(size, size, *v.shape[1:]) for v in (best, owner, facing)
-        )
+        depth[b], instance[b], normal[b] = (v.reshape(size, size, *v.shape[1:]) for v in (best, owner, facing))
     return depth, instance, normal.permute(0, 3, 1, 2)
