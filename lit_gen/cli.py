@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -81,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # `lit_gen list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -238,6 +241,8 @@ def _fit(runs: list[Run], argv: list[str], fresh: bool) -> int:
         code = launch(["run", requests[i], *(requests[i + 1 :] if i == 0 else [])])
         if code == PAUSED:
             return _paused(run)
+        if code > 128:
+            print(f"error: {run.name}: killed by signal {code - 128}; the same command continues it", file=sys.stderr)
         if code:
             return code
     if not waiting:
@@ -295,7 +300,7 @@ def _finished(run: Run, changes: Changes) -> bool:
             "start over with --fresh or choose another name with --experiment"
         )
     if changes:
-        run.done.unlink()
+        run.done.unlink(missing_ok=True)  # another task of the same job may have been quicker
     return not changes
 
 
@@ -328,7 +333,7 @@ def _move_aside(runs: list[Run]) -> None:
 
 def _paused(run: Run) -> int:
     print(f"{run.name}: paused; the same command continues it", flush=True)
-    return 128 + interrupts.received if interrupts.received == interrupts.PAUSING[0] else 0
+    return 128 + signal.SIGTERM if interrupts.received == signal.SIGTERM else 0
 
 
 def _refuse_own_folder(run: Run) -> None:

@@ -295,7 +295,8 @@ def _located(message: str, run: Run) -> str:
     """A message that quotes a setting's value, with the place where that value was written."""
     tree = mistakes.with_overrides(run)
     values = [(re.split(r"[{*?\[]", v)[0], path) for path, v in leaves(tree.data) if isinstance(v, str)]
-    quoted = [(len(v), tree.origin(path)) for v, path in values if len(v) > 2 and v in message]
+    # A plain word may stand in a message by chance; a path hardly does.
+    quoted = [(len(v), tree.origin(p)) for v, p in values if v and (v in message if "/" in v else f"'{v}'" in message)]
     where = max(quoted)[1] if quoted else ""
     return message if not where or where in message else f"{where}: {message}"
 

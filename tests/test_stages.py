@@ -103,6 +103,17 @@ def test_more_steps_continue_a_finished_stage(lit_gen: Command, toy: Path) -> No
     assert torch.equal(continued, weights("b/one"))
 
 
+def test_more_epochs_continue_a_finished_run(lit_gen: Command, toy: Path) -> None:
+    toy.write_text(toy.read_text().split("stages:")[0])  # a run without stages; an epoch has 5 steps
+    assert lit_gen("fit", "-c", "toy.yaml", "--trainer.max_epochs", "2") == 0
+    assert lit_gen("fit", "-c", "toy.yaml", "--trainer.max_epochs", "3") == 0
+    assert trace("toy") == [f"{i}:{i}" for i in range(15)]
+    assert [entry["step"] for entry in metrics("toy")["history"]] == [4, 8, 10, 12, 15]
+    continued = weights("toy")
+    assert lit_gen("fit", "-c", "toy.yaml", "--trainer.max_epochs", "3", "--experiment", "b") == 0
+    assert torch.equal(continued, weights("b"))
+
+
 def test_a_seed_on_the_command_line_has_its_own_folder(lit_gen: Command, toy: Path) -> None:
     assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", "--seed_everything", "3") == 0
     assert Path("runs/toy-seed3/one/DONE").is_file() and not Path("runs/toy").exists()
