@@ -52,9 +52,10 @@ class StyleLayer(nn.Module):
 
     Args:
         attention: the diffusers `Attention` this layer goes with; read once, not kept.
+        gain: of the norm at the start.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: nn.Module, gain: float = 1.0) -> None:
         super().__init__()
         inner, width = attention.to_k.weight.shape
         self.to_k_style = nn.Linear(width, inner, bias=False)
@@ -63,6 +64,7 @@ class StyleLayer(nn.Module):
             self.to_k_style.weight.copy_(attention.to_k.weight)
             self.to_v_style.weight.copy_(attention.to_v.weight)
         self.norm_style = nn.LayerNorm(inner)
+        nn.init.constant_(self.norm_style.weight, gain)
 
 
 def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:

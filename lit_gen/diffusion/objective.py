@@ -40,9 +40,17 @@ class Schedule(nn.Module):
             return [round(total - i * total / steps) - 1 for i in range(steps)]
         return torch.linspace(0, total - 1, steps).round().long().flip(0).tolist()
 
-    def sample_timesteps(self, count: int, device: torch.device | str) -> Tensor:
-        """Uniform random timesteps [count]."""
-        return torch.randint(0, len(self), (count,), device=device)
+    def sample_timesteps(self, count: int, device: torch.device | str, bias: float = 0.0) -> Tensor:
+        """Random timesteps [count] with a density proportional to t ** bias; 0 is uniform."""
+        if bias == 0:
+            return torch.randint(0, len(self), (count,), device=device)
+        t = torch.rand(count, device=device) ** (1 / (1 + bias)) * len(self)
+        return t.long().clamp(max=len(self) - 1)
+
+    def clean_weight(self, t: Tensor) -> Tensor:
+        """What turns the squared error of eps at timesteps t [B] into that of z_0: 1 / SNR, here at most 200."""
+        abar = self.alphas_cumprod[t]
+        return 1 / (abar / (1 - abar) + 0.005)
 
     def _coefficients(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
         abar = self.alphas_cumprod[t].view(-1, *[1] * (ndim - 1))

@@ -20,6 +20,7 @@ class Adapter:
         predictor_layers: transformer blocks of the scale predictor.
         heads: attention heads of both.
         image_layer: block of the image encoder that is read; -1 the final one, -2 the one before.
+        gain: of the style branch's norm at the start; the paper's 1 disturbs the base strongly until it is trained.
     """
 
     tokens: int = 8
@@ -27,6 +28,7 @@ class Adapter:
     predictor_layers: int = 2
     heads: int = 8
     image_layer: int = -1
+    gain: float = 1.0
 
 
 class StyleAdapter(nn.Module):
@@ -44,7 +46,7 @@ class StyleAdapter(nn.Module):
         width = unet.config.cross_attention_dim
         self.extractor = StyleExtractor(image_width, width, size.tokens, size.extractor_layers, size.heads)
         self.predictor = ScalePredictor(width, len(attentions), size.predictor_layers, size.heads)
-        self.layers = nn.ModuleList(StyleLayer(attention) for attention in attentions)
+        self.layers = nn.ModuleList(StyleLayer(attention, size.gain) for attention in attentions)
 
     def forward(self, tokens: Tensor, text: Tensor, weight: float = 1.0) -> Style:
         """CLIP tokens B N W of the references and text states B L D to a style condition."""

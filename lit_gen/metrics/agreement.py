@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_gen.metrics.reading import Reading
-from lit_gen.metrics.supervision import all_orders, arrange, colour_shows
+from lit_gen.metrics.supervision import all_orders, arrange, colour_shows, pattern_shows
 from lit_gen.world.grammar import Caption
 from lit_gen.world.scene import Scenes
 from lit_gen.world.vocabulary import ABSENT, FLOORS, OBJECTS_PER_SCENE, RELATIONS, VIEWS
@@ -52,8 +52,8 @@ def relation_holds(reading: Reading, slot: Tensor, anchor: Tensor, relation: Ten
 def compare(reading: Reading, scenes: Scenes, order: Tensor | None = None, legible: Tensor | None = None) -> Agreement:
     """Compare readings with the scenes they should show.
 
-    Counted are: shape, pattern (ordinary objects of pictures that are no normal maps), colour (where the style keeps
-    colours), marked (where a view word tells that the front could be seen) and relation, as the scene has them; per
+    Counted are: shape, pattern (ordinary objects where the style draws them), colour (where the style keeps colours),
+    marked (where a view word tells that the front could be seen) and relation, as the scene has them; per
     picture count, view (where it has a word), style (named ones but photo), photo, time (of photos with a floor),
     normals, and "all": everything that counted is right.
 
@@ -66,13 +66,12 @@ def compare(reading: Reading, scenes: Scenes, order: Tensor | None = None, legib
     there = scenes.kind >= 0
     if legible is not None:
         there = there & legible
-    ordinary = there & ~scenes.normals[:, None] & (scenes.subject < 0)
     frontal = (scenes.view >= 0) & (scenes.view != VIEWS.index("back"))
     anchored = there & (scenes.relation >= 0) & (scenes.anchor >= 0)
     counted = {
         "shape": there,
         "colour": there & colour_shows(scenes) & (scenes.colour >= 0),
-        "pattern": ordinary & (scenes.pattern >= 0),
+        "pattern": there & pattern_shows(scenes) & (scenes.pattern >= 0),
         "marked": there & (frontal & ~scenes.normals)[:, None],
         "relation": anchored & there.gather(1, scenes.anchor.clamp(min=0)),
     }

@@ -22,6 +22,7 @@ from lit_gen.world.vocabulary import COMPOUNDS, KINDS, OBJECTS_PER_SCENE, RELATI
 
 LEGIBLE_PIXELS = 24  # smaller objects are not taught; they are judged from 60 on (evaluate.py)
 FRONTED = tuple(name in COMPOUNDS for name in KINDS)  # kinds with a front of their own
+DRAWS_PATTERN = tuple(name not in ("ink sketch", "neon", "blueprint") for name in STYLES)
 # The relation head has no use for "next to", which says nothing of direction: its place is taken by "beneath".
 LEFT, RIGHT, BEHIND, FRONT, TOP, BENEATH = range(len(RELATIONS))
 INVERSE = (RIGHT, LEFT, FRONT, BEHIND, BENEATH, TOP)
@@ -107,6 +108,12 @@ def colour_shows(scenes: Scenes) -> Tensor:
     """B K bool: the colour's name can be told from the picture (see `KEEPS_COLOUR`)."""
     kept = _lookup(KEEPS_COLOUR, scenes.style) | (scenes.style < 0)
     return (kept & ~scenes.normals)[:, None] & (scenes.subject < 0) & (scenes.kind >= 0)
+
+
+def pattern_shows(scenes: Scenes) -> Tensor:
+    """B K bool: the pattern can be told from the picture; three named styles leave it out or nearly so."""
+    drawn = _lookup(DRAWS_PATTERN, scenes.style) | (scenes.style < 0)
+    return (drawn & ~scenes.normals)[:, None] & (scenes.subject < 0) & (scenes.kind >= 0)
 
 
 def boxes(mask: Tensor) -> Tensor:
