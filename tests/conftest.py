@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny; threads only get in each other's way
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 sys.path.insert(0, str(Path(__file__).parent))
+
+ROOT = Path(__file__).parents[1]
 
 TOY = """\
 seed_everything: 7
@@ -79,3 +83,20 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from lit_gen.pretrain.stand_in import write_stand_in
 
     return write_stand_in(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def universe(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory like the repository's, with a tiny base, a tiny oracle and tiny sets."""
+    from lit_gen.metrics.oracle import Oracle
+
+    folder = tmp_path_factory.mktemp("universe")
+    shutil.copytree(ROOT / "experiments", folder / "experiments")
+    (folder / "data").mkdir()
+    shutil.copytree(tiny_base, folder / "data" / "world-base")
+    Oracle(channels=(8, 8, 8, 8), width=16, layers=1).save_pretrained(folder / "data" / "oracle")
+    for file in (ROOT / "data").glob("*.yaml"):
+        described = yaml.safe_load(file.read_text())
+        described.update(count=min(described["count"], 8), samples_per_shard=8)
+        (folder / "data" / file.name).write_text(yaml.safe_dump(described))
+    return folder

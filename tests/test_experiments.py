@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from lit_gen import experiment
 
@@ -17,23 +15,6 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(p.relative_to(ROOT) for p in (ROOT / "experiments").rglob("*.yaml"))
 OVERLAYS = [p for p in FILES if p.parts[1] == "scale"]
 EXPERIMENTS = [p for p in FILES if p not in OVERLAYS]
-
-
-@pytest.fixture(scope="session")
-def universe(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory like the repository's, with a tiny base, a tiny oracle and tiny sets."""
-    from lit_gen.metrics.oracle import Oracle
-
-    folder = tmp_path_factory.mktemp("universe")
-    shutil.copytree(ROOT / "experiments", folder / "experiments")
-    (folder / "data").mkdir()
-    shutil.copytree(tiny_base, folder / "data" / "world-base")
-    Oracle(channels=(8, 8, 8, 8), width=16, layers=1).save_pretrained(folder / "data" / "oracle")
-    for file in (ROOT / "data").glob("*.yaml"):
-        described = yaml.safe_load(file.read_text())
-        described.update(count=min(described["count"], 8), samples_per_shard=8)
-        (folder / "data" / file.name).write_text(yaml.safe_dump(described))
-    return folder
 
 
 def companions(overlay: Path) -> list[Path]:

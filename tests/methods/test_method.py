@@ -1,0 +1,108 @@
+"""What all methods share."""
+
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lit_gen.callbacks.ema import EMA
+from lit_gen.errors import UserError
+from lit_gen.methods.base import Method, Optimizer
+
+
+class Line(Method):
+    """A trained line behind a frozen one."""
+
+    def __init__(self, optimizer: Optimizer = Optimizer(lr=0.1)) -> None:
+        super().__init__(optimizer)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.line = nn.Linear(2, 1)
+        self.draws: list[float] = []
+
+    def training_step(self, batch: list, batch_idx: int) -> torch.Tensor:
+        self.draws.append(torch.rand(1).item())
+        return (self.line(self.frozen(batch[0])) - batch[1]).square().mean()
+
+
+def fit(model: Method, folder: Path, steps: int, callbacks: list | None = None, resume: str | None = None) -> L.Trainer:
+    x = torch.arange(32.0).view(16, 2) / 16
+    trainer = L.Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, callbacks=callbacks or [],
+    )  # fmt: skip
+    trainer.fit(model, DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=4), ckpt_path=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "trapezoid"])
+def test_schedules_warm_up_and_end_at_zero(schedule: str) -> None:
+    settings = Optimizer(warmup_steps=10, schedule=schedule)
+    factors = [settings.factor(step, 100) for step in range(101)]
+    assert factors[0] == 0.1 and factors[10] == pytest.approx(1.0, abs=0.01)
+    assert factors[100] == pytest.approx(0.0) and max(factors) <= 1.0
+    if schedule == "trapezoid":
+        assert factors[75] == 1.0 and factors[90] == pytest.approx(0.4)
+
+
+def test_checkpoints_hold_only_what_was_trained(tmp_path: Path) -> None:
+    model = Line()
+    fit(model, tmp_path, 2).save_checkpoint(tmp_path / "a.ckpt")
+    assert set(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]) == {"line.weight", "line.bias"}
+
+
+def test_what_an_earlier_stage_trained_stays_in_later_checkpoints(tmp_path: Path) -> None:
+    first = Line()
+    fit(first, tmp_path, 2).save_checkpoint(tmp_path / "a.ckpt")
+    second = Line()
+    second.load_weights(tmp_path / "a.ckpt")
+    second.line.requires_grad_(False)
+    second.frozen.requires_grad_(True)
+    assert set(second.state_dict()) == {"line.weight", "line.bias", "frozen.weight", "frozen.bias"}
+    assert torch.equal(second.line.weight, first.line.weight)
+
+
+def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"other.weight": torch.zeros(2)}}, tmp_path / "b.ckpt")
+    with pytest.raises(UserError, match="b.ckpt: 1 of 1 weights do not fit Line, e.g. other.weight"):
+        Line().load_weights(tmp_path / "b.ckpt")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        Line().load_weights(tmp_path / "c.ckpt")
+
+
+def test_randomness_depends_on_the_step_alone(tmp_path: Path) -> None:
+    L.seed_everything(7)
+    straight = Line()
+    fit(straight, tmp_path, 6)
+    first, second = Line(), Line()
+    fit(first, tmp_path, 3).save_checkpoint(tmp_path / "r.ckpt")
+    torch.rand(100)  # whatever else happens in between
+    fit(second, tmp_path, 6, resume=str(tmp_path / "r.ckpt"))
+    assert first.draws + second.draws == straight.draws
+    assert len(set(straight.draws)) == 6
+
+
+def test_average_is_the_plain_recursion_and_survives_a_checkpoint(tmp_path: Path) -> None:
+    class Watch(L.Callback):
+        def __init__(self) -> None:
+            self.weights: list[torch.Tensor] = []
+
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.weights.append(pl_module.line.weight.detach().clone())
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+            self.weights.append(pl_module.line.weight.detach().clone())
+
+    watch, average, model = Watch(), EMA(decay=0.8, warmup=False), Line()
+    trainer = fit(model, tmp_path, 4, [watch, average])
+    expected = watch.weights[0]
+    for weight in watch.weights[1:]:
+        expected = 0.8 * expected + 0.2 * weight
+    torch.testing.assert_close(average.shadow["line.weight"], expected)
+    torch.testing.assert_close(model.line.weight.data, expected)  # after the fit the model is the average
+    trainer.save_checkpoint(tmp_path / "e.ckpt")
+    other = Line()
+    other.load_weights(tmp_path / "e.ckpt")
+    torch.testing.assert_close(other.line.weight.data, expected)
