@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
@@ -11,39 +14,59 @@ from lit_gen.world.grammar import captions
 from lit_gen.world.render import render
 from lit_gen.world.sampling import sample
 
+_CAPTIONED = 256
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Print images and captions per second on the CPU and, where there is one, on the GPU."""
+    """Print scenes sampled, images rendered and captions written per second, on the CPU and a GPU if there is one."""
     parser = argparse.ArgumentParser(prog="python -m lit_gen bench world", description="Measure the world's speed.")
     parser.add_argument("--recipes", nargs="+", default=["photo", "base", "styled"], help="recipes to render")
     parser.add_argument("--size", type=int, default=64, help="pixels of a picture")
     parser.add_argument("--supersample", type=int, default=2, help="rays per pixel along each axis")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--count", type=int, help="images per measurement (default 256 on a CPU, 16384 on a GPU)")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="on the CPU, each of one thread, as in `data`"
+    )
+    parser.add_argument("--count", type=int, help="images per process (default 256 on a CPU, 16384 on a GPU)")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median is printed")
     parser.add_argument("--devices", nargs="+", help="devices (default: the CPU, and the GPU if there is one)")
     options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
     devices = options.devices or ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    print(f"{options.size} px, {options.supersample}x supersampling, {options.threads} CPU threads")
-    print(f"{'recipe':<10}{'device':<8}{'sampled/s':>12}{'rendered/s':>12}{'CPU ms/image':>14}{'captions/s':>12}")
-    for recipe in options.recipes:
-        for device in devices:
-            count = options.count or (256 if device == "cpu" else 16384)
-            index = torch.arange(count, device=device)
-            render(sample(recipe, "train", 1, index), options.size, options.supersample)  # warm up
-            drawn, scenes, _ = _timed(device, lambda r=recipe, i=index: sample(r, "train", 0, i))
-            rendered, _, busy = _timed(device, lambda s=scenes: render(s, options.size, options.supersample))
-            told, _, _ = _timed("cpu", lambda s=scenes: captions(s[:256].to("cpu")))
-            speeds = f"{count / drawn:>12.0f}{count / rendered:>12.0f}{1e3 * busy / count:>14.2f}"
-            print(f"{recipe:<10}{device:<8}{speeds}{min(count, 256) / told:>12.0f}")
+    print(f"{options.size} px, {options.supersample}x supersampling, {options.processes} CPU processes")
+    print(f"{'recipe':<10}{'device':<8}{'sampled/s':>12}{'rendered/s':>12}{'captions/s':>12}")
+    for device in devices:
+        processes = options.processes if device == "cpu" else 1
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            for recipe in options.recipes:
+                count = options.count or (256 if device == "cpu" else 16384)
+                job = (recipe, device, count, options.size, options.supersample, options.repeats)
+                runs = list(pool.map(measure, [job] * processes))
+                sampled, rendered, told = (sum(run[i] for run in runs) for i in range(3))
+                print(f"{recipe:<10}{device:<8}{sampled:>12.0f}{rendered:>12.0f}{told:>12.0f}", flush=True)
     return 0
 
 
-def _timed(device: str, work):  # noqa: ANN001, ANN202
-    """Seconds on the clock, the work's result, and seconds of CPU time."""
+def measure(job: tuple[str, str, int, int, int, int]) -> tuple[float, float, float]:
+    """Scenes, images and captions per second of one process of one thread: medians."""
+    recipe, device, count, size, supersample, repeats = job
+    torch.set_num_threads(1)
+    index = torch.arange(count, device=device)
+    scenes = sample(recipe, "train", 1, index)
+    render(scenes, size, supersample)  # warm up
+    few = scenes[:_CAPTIONED].to("cpu")
+    sampled = _median(device, repeats, lambda: sample(recipe, "train", 0, index))
+    rendered = _median(device, repeats, lambda: render(scenes, size, supersample))
+    told = _median("cpu", repeats, lambda: captions(few))
+    return count / sampled, count / rendered, len(few) / told
+
+
+def _median(device: str, repeats: int, work: Callable[[], object]) -> float:
+    """Seconds on the clock."""
     wait = torch.cuda.synchronize if device != "cpu" else lambda: None
-    wait()
-    start, busy = time.perf_counter(), time.process_time()
-    result = work()
-    wait()
-    return time.perf_counter() - start, result, time.process_time() - busy
+    seconds = []
+    for _ in range(repeats):
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[len(seconds) // 2]
