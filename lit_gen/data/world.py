@@ -86,6 +86,7 @@ class RenderedWorld(L.LightningDataModule):
         captions: captions kept per scene; 0 for none.
         tokenizer: folder of the tokenizer that turns captions into "tokens" (B L).
         autoencoder: folder of an autoencoder; training batches then hold "latent", scaled as a diffusion model sees it.
+        twins: whether batches also hold "twin_tokens" (B L), the same captions wrong in one fact.
         masks: whether batches hold the instance mask "instance" (B H W, 0 the background).
         workers: processes that write captions.
     """
@@ -103,6 +104,7 @@ class RenderedWorld(L.LightningDataModule):
         captions: int = 0,
         tokenizer: str | None = None,
         autoencoder: str | None = None,
+        twins: bool = False,
         masks: bool = False,
         workers: int = 8,
     ) -> None:
@@ -111,6 +113,7 @@ class RenderedWorld(L.LightningDataModule):
         self.val_pool_size, self.val_batch_size = val_pool, val_batch_size
         self.seed, self.size, self.frames, self.caption_count = seed, size, frames, captions
         self.tokenizer, self.autoencoder, self.masks, self.workers = tokenizer, autoencoder, masks, workers
+        self.twins = twins
         self.train_pool: Pool | None = None
         self.val_pool: Pool | None = None
 
@@ -138,7 +141,8 @@ class RenderedWorld(L.LightningDataModule):
                 found[name] = found[name].float() / 127.5 - 1
         if "tokens" in found:  # a scene has several captions; which one a visit sees changes with the epoch
             pick = torch.randint(found["tokens"].shape[1], (len(rows),), device=device)
-            found["tokens"] = found["tokens"][torch.arange(len(rows), device=device), pick].long()
+            for name in {"tokens", "twin_tokens"} & found.keys():
+                found[name] = found[name][torch.arange(len(rows), device=device), pick].long()
         if pool.captions and not self.trainer.training:
             found["caption"] = [pool.captions[i][0] for i in batch.tolist()]
         return {**found, "scenes": pool.scenes[rows]}
@@ -154,7 +158,7 @@ class RenderedWorld(L.LightningDataModule):
         scenes: list[Scenes] = []
         # captions are written by other processes while this one renders
         with ProcessPoolExecutor(max(self.workers, 1), multiprocessing.get_context("spawn")) as processes:
-            rest = (split, self.seed, self.caption_count, self.tokenizer)
+            rest = (split, self.seed, self.caption_count, self.tokenizer, self.twins)
             written = [processes.submit(write_captions, *job, *rest) for job in jobs if self.caption_count]
             progress = tqdm(total=len(index), desc=f"rendering {split} scenes", unit=" scenes", disable=rank > 0)
             for recipe, chunk in jobs:
@@ -166,8 +170,8 @@ class RenderedWorld(L.LightningDataModule):
             progress.close()
             results = [job.result() for job in written]
         pool = Pool(Scenes.cat(scenes), {name: torch.cat(parts) for name, parts in columns.items()})
-        if results and self.tokenizer:
-            pool.tensors["tokens"] = torch.cat([tokens for _, tokens in results]).to(device)
+        for name in results[0][1] if results else ():
+            pool.tensors[name] = torch.cat([tokens[name] for _, tokens in results]).to(device)
         if results and not train:
             pool.captions = [texts for chunk, _ in results for texts in chunk]
         return pool

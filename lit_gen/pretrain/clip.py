@@ -26,6 +26,7 @@ class CLIP(BasePart):
         vision_width: of the image tower.
         layers: of the text tower; the image tower has one more.
         crop_weight: weight of the self-supervised term.
+        twin_weight: weight of telling a caption from its twin, where the data has twins (`RenderedWorld(twins=True)`).
         smallest_crop: side of the smallest crop as a fraction of the picture.
         export: folder of the base the result is written to; null writes nothing.
         optimizer: settings of the optimizer.
@@ -38,6 +39,7 @@ class CLIP(BasePart):
         vision_width: int = 192,
         layers: int = 4,
         crop_weight: float = 0.3,
+        twin_weight: float = 1.0,
         smallest_crop: float = 0.6,
         export: str | None = None,
         optimizer: Optimizer = Optimizer(
@@ -48,7 +50,7 @@ class CLIP(BasePart):
         words = CLIPTokenizer.from_pretrained(tokenizer)
         self.clip = build_clip(len(words), words.model_max_length, words.eos_token_id, width, vision_width, layers)
         self.crop_head = nn.Sequential(nn.Linear(vision_width, 256), nn.GELU(), nn.Linear(256, 128))
-        self.crop_weight, self.smallest_crop = crop_weight, smallest_crop
+        self.crop_weight, self.twin_weight, self.smallest_crop = crop_weight, twin_weight, smallest_crop
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         """Unit embeddings B D of token ids B L."""
@@ -64,6 +66,14 @@ class CLIP(BasePart):
         image, pooled = self.embed_image(batch["image"])
         scale = self.clip.logit_scale.exp().clamp(max=100)
         language = contrast(text, image, scale)
+        if "twin_tokens" in batch:
+            # against the caption that is wrong in one fact, and only against it: a batch holds few such pairs
+            wrong = (self.embed_text(batch["twin_tokens"]) * image).sum(-1)
+            same = (batch["twin_tokens"] == batch["tokens"]).all(-1)
+            margin = F.softplus(scale * (wrong - (text * image).sum(-1)))
+            twins = (margin * ~same).sum() / (~same).sum().clamp(min=1)
+            self.log("train/twins", twins)
+            language = language + self.twin_weight * twins
         _, cropped = self.embed_image(random_crops(batch["image"], self.smallest_crop))
         views = [F.normalize(self.crop_head(p).float(), dim=-1) for p in (pooled, cropped)]
         crops = contrast(*views, scale=10.0)
@@ -74,6 +84,10 @@ class CLIP(BasePart):
         logits = self.embed_text(batch["tokens"]) @ self.embed_image(batch["image"])[0].T
         hit = (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
         self.log("val/recall_at_1", hit, batch_size=len(logits), sync_dist=True)
+        if "twin_tokens" in batch:
+            wrong = (self.embed_text(batch["twin_tokens"]) * self.embed_image(batch["image"])[0]).sum(-1)
+            told = (logits.diagonal() > wrong)[(batch["twin_tokens"] != batch["tokens"]).any(-1)].float().mean()
+            self.log("val/told_from_twin", told, batch_size=len(logits), sync_dist=True)
 
     def parts(self) -> dict[str, Any]:
         return {"clip": self.clip}

@@ -23,9 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipes", nargs="+", default=["photo", "base", "styled"], help="recipes to render")
     parser.add_argument("--size", type=int, default=64, help="pixels of a picture")
     parser.add_argument("--supersample", type=int, default=2, help="rays per pixel along each axis")
-    parser.add_argument(
-        "--processes", type=int, default=2, help="on the CPU, each of one thread, as in `data`"
-    )
+    parser.add_argument("--processes", type=int, default=2, help="on the CPU, each of one thread, as in `data`")
     parser.add_argument("--count", type=int, help="images per process (default 256 on a CPU, 16384 on a GPU)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median is printed")
     parser.add_argument("--devices", nargs="+", help="devices (default: the CPU, and the GPU if there is one)")

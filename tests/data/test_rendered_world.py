@@ -1,7 +1,10 @@
 """Scenes rendered on the training device."""
 
+from pathlib import Path
+
 import torch
 
+from lit_gen.data.captions import write_captions
 from lit_gen.data.world import Draws, RenderedWorld, _at_some_time
 from lit_gen.world.sampling import sample
 
@@ -52,3 +55,13 @@ def test_moving_scenes_are_taken_at_different_moments() -> None:
     assert place.std() > 0.1
     still = sample("base", "train", 0, torch.arange(64))
     assert torch.equal(_at_some_time(still).position, still.position)
+
+
+def test_twin_captions_are_wrong_in_few_words() -> None:
+    tokenizer = str(Path(__file__).parents[2] / "data" / "world-base" / "tokenizer")
+    _, tokens = write_captions("pairs", torch.arange(64), "train", 0, 2, tokenizer, twins=True)
+    right, wrong = tokens["tokens"], tokens["twin_tokens"]
+    assert right.shape == wrong.shape == (64, 2, right.shape[-1])
+    different = (right != wrong).sum(-1)
+    assert (different > 0).float().mean() > 0.8
+    assert different.float().median() <= 4  # same wording
