@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_gen import cli, experiment
-from lit_gen.errors import UserError, nearest
+from lit_gen.errors import ShardError, UserError, nearest
 from lit_gen.experiment import Run
 from lit_gen.settings import KeyPath, leaves
 
@@ -115,7 +115,7 @@ def _too_long(run: Run, trainer: dict[str, Any], steps: int, val: str | None) ->
 def _count(source: str, cls: type) -> tuple[int, str]:
     """Samples of a set, built or not."""
     from lit_gen.data.sets import SetFile
-    from lit_gen.data.shards import ShardError, ShardSet
+    from lit_gen.data.shards import ShardSet
 
     if Path(source).suffix in (".yaml", ".yml"):
         described = SetFile.read(source)

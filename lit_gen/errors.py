@@ -10,6 +10,10 @@ class UserError(Exception):
     """Something the user can put right; `str()` of it says what is wrong, where, and what to do."""
 
 
+class ShardError(UserError):
+    """A set of shards is missing, incomplete or not readable."""
+
+
 def nearest(wrong: str, names: Iterable[str]) -> str:
     """', did you mean `right`?' where a name is close to `wrong`, else ''."""
     names = [str(n) for n in names]

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_gen.data.decode import decode
 from lit_gen.data.facts import Facts
-from lit_gen.data.shards import BadSample, ShardError, ShardSet
-from lit_gen.errors import UserError
+from lit_gen.data.shards import BadSample, ShardSet
+from lit_gen.errors import ShardError, UserError
 
 logger = logging.getLogger(__name__)
 

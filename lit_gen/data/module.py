@@ -14,9 +14,10 @@ from lit_gen.data import images, videos
 from lit_gen.data.images import ImageSample
 from lit_gen.data.loader import ShardLoader, Transform
 from lit_gen.data.mixed import MixedLoader
-from lit_gen.data.shards import ShardError, ShardSet
+from lit_gen.data.shards import ShardSet
 from lit_gen.data.styled import StyleSample
 from lit_gen.data.videos import VideoSample
+from lit_gen.errors import ShardError
 
 # What each verb reads, so that nothing else is built for it.
 _SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}

@@ -11,7 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lit_gen.data.decode import DECODERS, IMAGE, VIDEO, decode
-from lit_gen.data.shards import BadSample, Shard, ShardError, write_index, write_tar
+from lit_gen.data.shards import BadSample, Shard, write_index, write_tar
+from lit_gen.errors import ShardError
 
 logger = logging.getLogger(__name__)
 

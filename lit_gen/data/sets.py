@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from lit_gen.data.shards import ShardError
+from lit_gen.errors import ShardError
 from lit_gen.world.grammar import LEVELS
 from lit_gen.world.recipes import RECIPES
 

@@ -22,16 +22,12 @@ from braceexpand import braceexpand
 from webdataset import TarWriter
 from webdataset.tariterators import base_plus_ext
 
-from lit_gen.errors import UserError
+from lit_gen.errors import ShardError
 
 logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
 FORMAT = 1
-
-
-class ShardError(UserError):
-    """A set of shards is missing, incomplete or not readable."""
 
 
 class BadSample(ValueError):

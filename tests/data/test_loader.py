@@ -10,8 +10,9 @@ from lit_gen.data.decode import decode, encode_image
 from lit_gen.data.images import ImageSample
 from lit_gen.data.loader import ShardLoader
 from lit_gen.data.mixed import MixedLoader
-from lit_gen.data.shards import BadSample, ShardError, ShardSet
+from lit_gen.data.shards import BadSample, ShardSet
 from lit_gen.data.styled import StyleSample
+from lit_gen.errors import ShardError
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ from shard_sets import picture
 from lit_gen.data.command import main
 from lit_gen.data.decode import encode_video, read_image
 from lit_gen.data.pack import pack
-from lit_gen.data.shards import ShardError, ShardSet
+from lit_gen.data.shards import ShardSet
+from lit_gen.errors import ShardError
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from shard_sets import image_set
 
 from lit_gen.data.decode import decode
 from lit_gen.data.sets import SetFile
-from lit_gen.data.shards import BadSample, ShardError, ShardSet, Table, write_tar
+from lit_gen.data.shards import BadSample, ShardSet, Table, write_tar
+from lit_gen.errors import ShardError
 
 EVERYTHING = {"png", "txt", "json"}
 
