@@ -18,31 +18,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 ROOT = Path(__file__).parents[1]
 
-TOY = """\
-seed_everything: 7
-trainer:
-  accelerator: cpu
-  log_every_n_steps: 1
-  val_check_interval: 4
-  check_val_every_n_epoch: null
-model:
-  class_path: toy.Regression
-data:
-  class_path: toy.Numbers
-checkpoint:
-  every_n_steps: 2
-"""
-
-TWO_STAGES = """\
-stages:
-  one:
-    trainer: {max_steps: 8}
-    validate_first: true
-  two:
-    trainer: {max_steps: 6}
-    model: {init_args: {sgd: {lr: 0.02}}}
-"""
-
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -54,6 +29,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def toy(here: Path) -> Path:
     """`toy.yaml`, an experiment of two short stages, in an empty working directory."""
+    from toy import TOY, TWO_STAGES
+
     (here / "toy.yaml").write_text(TOY + TWO_STAGES)
     return here / "toy.yaml"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TOY
+from toy import TOY
 
 from lit_gen.errors import nearest
 

@@ -12,6 +12,31 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 
+TOY = """\
+seed_everything: 7
+trainer:
+  accelerator: cpu
+  log_every_n_steps: 1
+  val_check_interval: 4
+  check_val_every_n_epoch: null
+model:
+  class_path: toy.Regression
+data:
+  class_path: toy.Numbers
+checkpoint:
+  every_n_steps: 2
+"""
+
+TWO_STAGES = """\
+stages:
+  one:
+    trainer: {max_steps: 8}
+    validate_first: true
+  two:
+    trainer: {max_steps: 6}
+    model: {init_args: {sgd: {lr: 0.02}}}
+"""
+
 
 @dataclass
 class Sgd:
