@@ -154,8 +154,11 @@ def _save_clip(folder: Path, clip: CLIPModel, dtype: torch.dtype) -> None:
     vision = CLIPVisionModelWithProjection(clip.config.vision_config)
     vision.vision_model.load_state_dict(clip.vision_model.state_dict())
     vision.visual_projection.load_state_dict(clip.visual_projection.state_dict())
-    _cast(text, dtype).save_pretrained(folder / "text_encoder")
-    _cast(vision, dtype).save_pretrained(folder / "image_encoder")
+    for name, tower in (("text_encoder", text), ("image_encoder", vision)):
+        _cast(tower, dtype).save_pretrained(folder / name)
+        # transformers loads in the dtype that the config names, diffusers in float32: a pipeline needs one of them
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
     size = {"shortest_edge": IMAGE_SIZE}
     crop = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     CLIPImageProcessorPil(size=size, crop_size=crop).save_pretrained(folder / "feature_extractor")
