@@ -14,7 +14,7 @@ from lit_gen.world.grammar import captions
 from lit_gen.world.render import render
 from lit_gen.world.sampling import sample
 
-_CAPTIONED = 256
+_CAPTIONED = 2048
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,11 +50,11 @@ def measure(job: tuple[str, str, int, int, int, int]) -> tuple[float, float, flo
     index = torch.arange(count, device=device)
     scenes = sample(recipe, "train", 1, index)
     render(scenes, size, supersample)  # warm up
-    few = scenes[:_CAPTIONED].to("cpu")
+    told_of = sample(recipe, "train", 1, torch.arange(_CAPTIONED))
     sampled = _median(device, repeats, lambda: sample(recipe, "train", 0, index))
     rendered = _median(device, repeats, lambda: render(scenes, size, supersample))
-    told = _median("cpu", repeats, lambda: captions(few))
-    return count / sampled, count / rendered, len(few) / told
+    told = _median("cpu", repeats, lambda: captions(told_of))
+    return count / sampled, count / rendered, len(told_of) / told
 
 
 def _median(device: str, repeats: int, work: Callable[[], object]) -> float:
