@@ -1,0 +1,1 @@
+"""Score distillation: a frozen diffusion model teaches a generator of latents, whatever the generator is."""

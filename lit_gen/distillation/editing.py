@@ -1,0 +1,151 @@
+"""Siblings of score distillation for editing: a source picture's latents are moved from its prompt to another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_gen.diffusion.objective import Schedule
+from lit_gen.distillation.contract import Noised, Predictor, Prompts, Score, ScoreDistillation, Step
+from lit_gen.distillation.siblings import ASD
+from lit_gen.errors import UserError
+
+
+class DDS(ScoreDistillation):
+    """Delta denoising score (arXiv 2304.07090): b is the guided prediction for the source picture under its own
+    prompt, at the same timestep and noise.
+
+    `source`, the latents of the source pictures (B ...), is to be set before each step.
+    """
+
+    source: Tensor | None = None
+
+    def noised_source(self, noised: Noised) -> Noised:
+        """The source pictures at the noise of their edits."""
+        if self.source is None or len(self.source) != len(noised.clean):
+            count = 0 if self.source is None else len(self.source)
+            raise UserError(f"{count} source pictures for {len(noised.clean)} edits; there must be one each")
+        noisy = self.schedule.add_noise(self.source, noised.noise, noised.t)
+        return Noised(self.source, noisy, noised.noise, noised.t)
+
+    def baseline(self, noised: Noised, text: Tensor, prompts: Prompts) -> Tensor:
+        return self.teach(self.noised_source(noised), of_source(prompts))[1]
+
+
+class CDS(DDS):
+    """Contrastive denoising score (arXiv 2311.18608): DDS, and the self-attention features of edit and source are to
+    agree place by place (PatchNCE, arXiv 2007.15651), which keeps the layout.
+
+    The only sibling whose gradient goes through the teacher.
+
+    Args:
+        teacher, schedule, score: as for ScoreDistillation.
+        unet: the teacher's, whose self-attentions are read.
+        weight: of the contrastive loss (official code 3.0).
+        patches: places compared per layer (256).
+        temperature: of the softmax (0.07).
+        sizes: sides of the patches that features are averaged over (1 and 2).
+    """
+
+    def __init__(
+        self,
+        teacher: Predictor,
+        schedule: Schedule,
+        score: Score,
+        unet: nn.Module,
+        weight: float = 3.0,
+        patches: int = 256,
+        temperature: float = 0.07,
+        sizes: tuple[int, ...] = (1, 2),
+    ) -> None:
+        super().__init__(teacher, schedule, score)
+        self.__dict__["unet"] = unet
+        self.weight, self.patches, self.temperature, self.sizes = weight, patches, temperature, sizes
+
+    def forward(self, latents: Tensor, prompts: Prompts, step: int = 0) -> Step:
+        noised = self.noised(latents, step)
+        source = self.noised_source(noised)
+        with torch.no_grad():
+            _, guided = self.teach(noised, prompts)
+            with self_attentions(self.unet) as seen:
+                gradient = guided - self.teach(source, of_source(prompts))[1]
+            kept = [features[-len(latents) :] for features in seen]  # those under the prompt, not the null prompt
+        noisy = self.schedule.add_noise(latents, noised.noise, noised.t)  # with gradient
+        with self_attentions(self.unet) as moved:
+            self.teacher(noisy, noised.t, prompts.target)
+        contrast = torch.stack([self.contrast(a, b) for a, b in zip(moved, kept, strict=True)]).mean()
+        logs = self.logs(gradient) | {"contrast": contrast.detach()}
+        return Step(self.inject(latents, gradient, noised.t) + self.weight * contrast, logs=logs)
+
+    def contrast(self, edit: Tensor, source: Tensor) -> Tensor:
+        """PatchNCE of features B N C (N = h h): each place's own source against the other places of the picture."""
+        side = round(edit.shape[1] ** 0.5)
+        losses = []
+        for size in (s for s in self.sizes if s <= side):
+            a, b = (F.avg_pool2d(x.transpose(1, 2).unflatten(2, (side, side)), size).flatten(2) for x in (edit, source))
+            chosen = torch.randperm(a.shape[2], device=a.device)[: self.patches]
+            a, b = (F.normalize(x[:, :, chosen].transpose(1, 2).float(), dim=-1) for x in (a, b))  # B n C
+            scores = a @ b.transpose(1, 2) / self.temperature  # B n n
+            own = torch.arange(len(chosen), device=a.device).expand(len(a), -1)
+            losses.append(F.cross_entropy(scores.flatten(0, 1), own.flatten()))
+        return torch.stack(losses).mean()
+
+
+class DualASD(DDS):
+    """ASD for editing (paper Eq. 11): the difference of two discriminators, one of the target and one of the source.
+
+    The gradient is w (e_lam(x; y) - e_phi1(x)) - w (e_lam(src; z) - e_phi2(src)); with both phi at the noise that was
+    added it is DDS. The exact losses were not published; each phi is trained by Eq. 8 and 9 with the source picture as
+    the real sample (our reconstruction, card 3.7).
+
+    Args:
+        teacher, schedule, score: as for ScoreDistillation.
+        target: ASD with the discriminator of the target prompt.
+        origin: ASD with the discriminator of the source prompt.
+    """
+
+    def __init__(self, teacher: Predictor, schedule: Schedule, score: Score, target: ASD, origin: ASD) -> None:
+        super().__init__(teacher, schedule, score)
+        self.target, self.origin = target, origin
+
+    def forward(self, latents: Tensor, prompts: Prompts, step: int = 0) -> Step:
+        noised = self.noised(latents, step)
+        source, from_source = self.noised_source(noised), of_source(prompts)
+        edit, edit_text, edit_gap = self._gap(self.target, noised, prompts)
+        kept, kept_text, kept_gap = self._gap(self.origin, source, from_source)
+        gradient = edit_gap - kept_gap
+        # phi1 sees the edit as generated and the source as real; phi2 the other way round, each under its prompt.
+        losses = [
+            self.target.judge(edit, edit_text, noised) + self.target.judge_real(source, prompts),
+            self.origin.judge(kept, kept_text, source) + self.origin.judge_real(noised, from_source),
+        ]
+        distance = (edit - edit_text).detach().norm() / edit_text.norm().clamp(min=1e-12)
+        logs = self.logs(gradient) | {"discriminator distance": distance}
+        return Step(self.inject(latents, gradient, noised.t), torch.stack(losses).sum(), logs)
+
+    def _gap(self, player: ASD, noised: Noised, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
+        text, guided = self.teach(noised, prompts)
+        fake = player.fake(noised.noisy, noised.t, prompts)
+        return fake, text, guided - fake.detach()
+
+
+def of_source(prompts: Prompts) -> Prompts:
+    """The prompts of the source pictures, as targets."""
+    return Prompts(prompts.source, prompts.null, prompts.source, prompts.index)
+
+
+@contextmanager
+def self_attentions(unet: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the outputs (B N C each) of a UNet's self-attentions, in the order of execution."""
+    found: list[Tensor] = []
+    layers = [m for name, m in unet.named_modules() if name.endswith(".attn1")]
+    hooks = [m.register_forward_hook(lambda _, __, output: found.append(output)) for m in layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

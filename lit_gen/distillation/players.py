@@ -1,0 +1,121 @@
+"""The two noise predictors of score distillation: a frozen teacher, and discriminators grown out of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lit_gen.diffusion.objective import Schedule
+from lit_gen.distillation.contract import Prompts
+
+_names = (f"fake{i}" for i in itertools.count())  # adapters of one UNet need different names
+
+
+class UNetTeacher:
+    """A frozen UNet as a noise predictor, whatever it predicts, without the adapters that discriminators added.
+
+    Args:
+        unet: UNet2DConditionModel.
+        schedule: its noise schedule, which also says what it predicts.
+    """
+
+    def __init__(self, unet: nn.Module, schedule: Schedule) -> None:
+        self.unet, self.schedule = unet, schedule
+
+    def __call__(self, noisy: Tensor, t: Tensor, text: Tensor, **given: Any) -> Tensor:
+        """Predicted noise B C h w, float32, at latents B C h w, timesteps B and text states B L D."""
+        with only_adapter(self.unet, None):
+            return predict(self.unet, self.schedule, noisy, t, text, **given)
+
+
+class EmbeddingFake(nn.Module):
+    """Discriminator (a) of ASD: the frozen UNet under a learnable text embedding, one for each prompt.
+
+    Args:
+        unet: the teacher's; not a part of this module.
+        schedule: its noise schedule.
+        text: where the embeddings start, the prompts' text states P L D.
+    """
+
+    def __init__(self, unet: nn.Module, schedule: Schedule, text: Tensor) -> None:
+        super().__init__()
+        self.__dict__["teacher"] = UNetTeacher(unet, schedule)
+        self.embeddings = nn.Parameter(text.detach().clone().float())
+
+    def forward(self, noisy: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
+        """Predicted noise B C h w of latents that belong to prompts `prompts.index`."""
+        index = torch.zeros(len(noisy), dtype=torch.long) if prompts.index is None else prompts.index
+        return self.teacher(noisy, t, self.embeddings[index.to(noisy.device)])
+
+    def trained(self) -> list[nn.Parameter]:
+        return [self.embeddings]
+
+
+class LoRAFake(nn.Module):
+    """Discriminator (b) of ASD: the frozen UNet with a low-rank adapter on all its attentions.
+
+    The adapter's weights lie in the UNet, which is not a part of this module, so they have one owner and one name.
+
+    Args:
+        unet: the teacher's UNet2DConditionModel; gets the adapter.
+        schedule: its noise schedule.
+        rank: of the adapter; official code 4. Its scale is 1, as in that code, so peft's alpha equals the rank.
+    """
+
+    def __init__(self, unet: nn.Module, schedule: Schedule, rank: int = 4) -> None:
+        super().__init__()
+        self.__dict__["unet"] = unet
+        self.schedule, self.name = schedule, next(_names)
+        before = {id(p) for p in unet.parameters()}
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+        unet.add_adapter(config, adapter_name=self.name)
+        self._trained = [p for p in unet.parameters() if id(p) not in before]
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+
+    def forward(self, noisy: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
+        """Predicted noise B C h w."""
+        with only_adapter(self.unet, self.name):
+            return predict(self.unet, self.schedule, noisy, t, prompts.target)
+
+    def trained(self) -> list[nn.Parameter]:
+        return self._trained
+
+
+def predict(unet: nn.Module, schedule: Schedule, noisy: Tensor, t: Tensor, text: Tensor, **given: Any) -> Tensor:
+    """Noise B C h w, float32, that a UNet's output means."""
+    output = unet(noisy.to(unet.dtype), t, text.to(unet.dtype), **given).sample.float()
+    return schedule.split(output, noisy, t)[1]
+
+
+@contextmanager
+def only_adapter(unet: nn.Module, name: str | None) -> Iterator[None]:
+    """The UNet with one of its adapters, or with none.
+
+    Which adapter acts is state of the module, so a pass that is recomputed in the backward (gradient checkpointing)
+    would be recomputed under another one: do not combine the two.
+    """
+    layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+    trains = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    for layer in layers:
+        if name is None:
+            layer.enable_adapters(False)
+        else:
+            layer.enable_adapters(True)
+            layer.set_adapter([name])
+    try:
+        for parameter, wanted in trains:  # peft freezes what it switches off
+            parameter.requires_grad_(wanted)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, wanted in trains:
+            parameter.requires_grad_(wanted)
