@@ -73,12 +73,12 @@ class LoRAFake(nn.Module):
         super().__init__()
         self.__dict__["unet"] = unet
         self.schedule, self.name = schedule, next(_names)
-        before = {id(p) for p in unet.parameters()}
+        before = {id(p): p.requires_grad for p in unet.parameters()}
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
         unet.add_adapter(config, adapter_name=self.name)
+        for parameter in unet.parameters():  # peft freezes the adapters that are already there
+            parameter.requires_grad_(before.get(id(parameter), True))
         self._trained = [p for p in unet.parameters() if id(p) not in before]
-        for parameter in self._trained:
-            parameter.requires_grad_(True)
 
     def forward(self, noisy: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
         """Predicted noise B C h w."""
