@@ -15,7 +15,7 @@ from lit_gen.errors import UserError, nearest
 from lit_gen.settings import Settings
 
 # Keys of an experiment that this file understands; everything else goes to the parser of `stage.py`.
-OWN_KEYS = ("base", "description", "experiment", "run_root", "smoke", "stages")
+OWN_KEYS = ("base", "description", "experiment", "run_root", "smoke", "stages", "sweep")
 
 # `--smoke`: two steps of everything; `stage.py` also makes sizes small. An experiment's own `smoke:` comes over this.
 SMOKE_TRAINER = {
@@ -33,6 +33,7 @@ SMOKE_TRAINER = {
 HARMLESS = (
     "checkpoint",
     "description",
+    "speed",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.enable_model_summary",
@@ -41,6 +42,7 @@ HARMLESS = (
     "trainer.max_time",
     "trainer.num_nodes",
     "trainer.profiler",
+    "trainer.strategy",
     "data.init_args.workers",
 )
 LENGTH = ("trainer.max_steps", "trainer.max_epochs")
@@ -98,7 +100,8 @@ class Run:
             "smoke": self.smoke,
             "origins": [[list(key), where] for key, where in self.settings.origins.items()],
         }
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        # Tasks of one job all write it, and on two nodes they may have the same process id.
+        temporary = path.with_name(f"{path.name}.{os.environ.get('SLURM_PROCID', 0)}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(request, indent=1))
         temporary.replace(path)
         return path
@@ -176,7 +179,7 @@ def runs(files: list[str], overrides: list[Override], smoke: bool = False) -> li
     if seed is not None:  # seeds of one experiment stand side by side
         name += f"-seed{seed}"
     if smoke:
-        name = f"smoke/{name}"
+        name = f"smoke/{name}{_of_the_job()}"
     root = Path(str(merged.data.get("run_root") or "runs")) / name
 
     common = Settings({k: v for k, v in merged.data.items() if k not in OWN_KEYS})
@@ -285,6 +288,12 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value
+
+
+def _of_the_job() -> str:
+    """A suffix that all tasks of a job agree on and no other job has; none for a command that runs alone."""
+    several = int(os.environ.get("SLURM_NTASKS", 1)) > 1  # none of them may empty the folder under the others
+    return f"-job{os.environ['SLURM_JOB_ID']}" if several else ""
 
 
 def _with_init_args(key: str) -> str:

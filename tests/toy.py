@@ -12,6 +12,9 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 
+from lit_gen.methods.base import Method, Optimizer
+from lit_gen.metrics.scores import Scores
+
 TOY = """\
 seed_everything: 7
 trainer:
@@ -73,6 +76,7 @@ class Regression(L.LightningModule):
             Path(reads).read_text()
         self.sgd, self.pause, self.prompts = sgd, pause, prompts or []
         self.net = nn.Linear(width, width)
+        self.scores = Scores()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         time.sleep(self.pause)
@@ -86,7 +90,13 @@ class Regression(L.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.log("val/error", (self.net(batch["x"]) - batch["x"]).abs().mean(), batch_size=len(batch["key"]))
 
-    test_step = validation_step
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+        errors = (self.net(batch["x"]) - batch["x"]).abs().mean(1)
+        self.scores.add([f"{batch['key'][0]}.{i}" for i in range(len(errors))], error=errors)
+
+    def on_test_epoch_end(self) -> None:
+        self.scores.write(Path(self.trainer.default_root_dir))
 
     def predict_step(self, batch: Any, batch_idx: int) -> None:
         (Path(self.trainer.default_root_dir) / "predicted").write_text("|".join(self.prompts))
@@ -148,3 +158,30 @@ class Numbers(L.LightningDataModule):
 
     def predict_dataloader(self) -> Loader:
         return Loader(1, 1, 1)
+
+
+class Plain(Method):
+    """A linear map, trained as all methods are.
+
+    Args:
+        reads: nothing.
+        optimizer: settings of the optimizer.
+    """
+
+    def __init__(self, reads: str | None = None, optimizer: Optimizer = Optimizer()) -> None:
+        super().__init__(optimizer)
+        self.net = nn.Linear(2, 2)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return self.net(batch["x"]).square().mean()
+
+
+class Adversarial(Regression):
+    """Two optimizers, which the model steps itself."""
+
+    def __init__(self, reads: str | None = None) -> None:
+        super().__init__(reads=reads)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
+        return [torch.optim.SGD([p], lr=0.1) for p in self.parameters()]

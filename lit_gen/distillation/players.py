@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.distillation.contract import Prompts
-
-_names = (f"fake{i}" for i in itertools.count())  # adapters of one UNet need different names
 
 
 class UNetTeacher:
@@ -72,7 +69,7 @@ class LoRAFake(nn.Module):
     def __init__(self, unet: nn.Module, schedule: Schedule, rank: int = 4) -> None:
         super().__init__()
         self.__dict__["unet"] = unet
-        self.schedule, self.name = schedule, next(_names)
+        self.schedule, self.name = schedule, f"fake{len(getattr(unet, 'peft_config', {}))}"
         before = {id(p): p.requires_grad for p in unet.parameters()}
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
         unet.add_adapter(config, adapter_name=self.name)

@@ -1,0 +1,251 @@
+"""Adversarial score distillation (ASD, arXiv 2312.00739) and its siblings: pictures distilled out of a frozen model.
+
+`Particles` moves a set of latents (or pixels) for each prompt until the model, guided by a discriminator that learns
+alongside, has nothing left to say about them. No data is needed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lit_gen.callbacks.samples import contact_sheet, save
+from lit_gen.diffusion.base import PIPELINE_PARTS, load_base
+from lit_gen.diffusion.objective import Schedule
+from lit_gen.diffusion.sampling import noise_from
+from lit_gen.diffusion.text import encode_text
+from lit_gen.distillation.contract import Prompts, Score, ScoreDistillation
+from lit_gen.distillation.players import EmbeddingFake, LoRAFake, UNetTeacher
+from lit_gen.distillation.siblings import ASD, SDS, ClassifierSD
+from lit_gen.errors import UserError
+from lit_gen.methods.base import Method, Optimizer
+from lit_gen.metrics.counterparts import WorldPrompts, pictures_of
+from lit_gen.metrics.palette import coverage_error, palette_error
+from lit_gen.metrics.scores import Scores
+from lit_gen.world.scene import Scenes
+
+Sibling = Literal["asd", "vsd", "sds", "classifier"]
+RUNAWAY = 3.0  # times the teacher's own length that a discriminator may be away from it before we warn
+_STRIP = 8  # moments kept for the strips over time
+
+
+class Particles(Method):
+    """Text to image: particles of every prompt, all in one batch.
+
+    Args:
+        base: Hub id, diffusers folder or single-file checkpoint of the teacher.
+        prompts: texts; by default those of `world`.
+        world: prompts of the world, whose truth is known.
+        negative: the null prompt of the guidance.
+        particles: pictures of each prompt.
+        sibling: what is distilled: "asd", "vsd", "sds" or "classifier" (Classifier SD).
+        discriminator: of asd and vsd: "lora" on the teacher's UNet, or a learnable text "embedding" of each prompt.
+        rank: of the LoRA.
+        gamma: of asd, see lit_gen.distillation.siblings.ASD; the paper has -1 in 2D.
+        shared: one noising for generator and discriminator.
+        discriminator_steps: steps of the discriminator for one of the particles.
+        official_v_target: the official code's target for v-predicting bases; for comparison only.
+        discriminator_lr: learning rate of the discriminator; `optimizer.lr` is that of the particles.
+        score: guidance, weighting and timesteps.
+        space: optimise "latents", or "pixels" through the autoencoder's encoder.
+        spread: standard deviation of the particles at the start.
+        oracle: folder of the oracle that judges prompts of the world; null for none.
+        truths: true pictures of each prompt that colours and variety are compared with.
+        optimizer: settings of the optimizer.
+    """
+
+    def __init__(
+        self,
+        base: str = "data/world-base",
+        prompts: list[str] | None = None,
+        world: WorldPrompts = WorldPrompts(),
+        negative: str = "",
+        particles: int = 4,
+        sibling: Sibling = "asd",
+        discriminator: Literal["lora", "embedding"] = "lora",
+        rank: int = 4,
+        gamma: float = -1.0,
+        shared: bool = True,
+        discriminator_steps: int = 1,
+        official_v_target: bool = False,
+        discriminator_lr: float = 1e-4,
+        score: Score = Score(),
+        space: Literal["latents", "pixels"] = "latents",
+        spread: float = 1.0,
+        oracle: str | None = None,
+        truths: int = 256,
+        optimizer: Optimizer = Optimizer(lr=0.03, weight_decay=0.0, clip_norm=0.0),
+    ) -> None:
+        super().__init__(optimizer)
+        self.base = load_base(base, parts=PIPELINE_PARTS)
+        self.schedule = Schedule(self.base.scheduler)
+        self.space, self.count, self.discriminator_lr, self.truths = space, particles, discriminator_lr, truths
+        self.texts, self.scenes = _read(prompts, world)
+        self.register_buffer("text", encode_text(self.base.tokenizer, self.base.text_encoder, self.texts), False)
+        self.register_buffer("null", encode_text(self.base.tokenizer, self.base.text_encoder, [negative]), False)
+        shape = picture_shape(self.base) if space == "pixels" else latent_shape(self.base)
+        seeds = [hash_of(p, i) for p in range(len(self.texts)) for i in range(particles)]
+        self.latents = nn.Parameter(noise_from(seeds, shape, "cpu") * spread)  # P*N ..., prompt-major
+        teacher = UNetTeacher(self.base.unet, self.schedule)
+        # After the base is frozen: a discriminator's own parameters are trained.
+        if sibling in ("sds", "classifier"):
+            self.distillation: ScoreDistillation = {"sds": SDS, "classifier": ClassifierSD}[sibling](
+                teacher, self.schedule, score
+            )
+            self.discriminator = None
+        else:
+            if discriminator == "lora":
+                self.discriminator = LoRAFake(self.base.unet, self.schedule, rank)
+            else:
+                self.discriminator = EmbeddingFake(self.base.unet, self.schedule, self.text)
+            gamma = 0.0 if sibling == "vsd" else gamma
+            self.distillation = ASD(
+                *(teacher, self.schedule, score, self.discriminator, gamma),
+                shared=shared,
+                official_v_target=official_v_target,
+                every=discriminator_steps,
+            )
+        self._oracle = oracle
+        self._warned = False
+        self.scores = Scores()
+        self._strips: list[Tensor] = []
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        groups = [{"params": [self.latents], "lr": self.optimizer_settings.lr}]
+        if self.discriminator is not None:
+            groups.append({"params": self.discriminator.trained(), "lr": self.discriminator_lr, "clip_norm": 1.0})
+        return groups
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader:
+        """Every step is of all particles."""
+        return DataLoader([torch.arange(len(self.latents))] * 100, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader([torch.arange(len(self.latents))], batch_size=None)
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        index = batch // self.count
+        prompts = Prompts(self.text[index], self.null.expand(len(index), -1, -1), index=index)
+        step = self.distillation(self.as_latents(), prompts, self.global_step)
+        self.log("train/gradient", step.logs.pop("gradient", torch.tensor(0.0)), prog_bar=True, batch_size=len(index))
+        self.log_dict({f"train/{name}": value for name, value in step.logs.items()}, batch_size=len(index))
+        return step.total
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        every = max(1, self.trainer.max_steps // _STRIP)
+        if self.global_step % every == 0:
+            self._strips.append(self.as_latents().detach()[:: self.count].clone())
+        distance = self.trainer.callback_metrics.get("train/discriminator distance")
+        looked_at = self.global_step % max(1, self.trainer.log_every_n_steps) == 0  # reading it waits for the device
+        if distance is not None and looked_at and float(distance) > RUNAWAY and not self._warned:
+            self._warned = True
+            print(
+                f"the discriminator is {float(distance):.1f} times the teacher's length away from it: lower "
+                "discriminator_lr, or take gamma above -1"
+            )
+
+    def as_latents(self) -> Tensor:
+        """The particles as latents P*N C h w, with gradient."""
+        if self.space == "latents":
+            return self.latents
+        posterior = self.base.vae.encode(self.latents.clamp(-1, 1)).latent_dist
+        return (posterior.mean - (self.base.vae.config.shift_factor or 0.0)) * self.base.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def pictures(self) -> Tensor:
+        """The particles as pictures P*N 3 H W in [-1, 1]."""
+        if self.space == "pixels":
+            return self.latents.clamp(-1, 1)
+        return torch.cat([self.base.decode(part) for part in self.latents.split(32)])
+
+    # -- judgement ----------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        pictures = self.pictures()
+        if self.scenes is not None:
+            self.log_dict(self.judge(pictures), batch_size=len(batch))
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+        self.scores.write(self.run_dir)
+
+    def judge(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Colours and variety against true pictures of each prompt, and what the oracle reads; means over prompts."""
+        rows: dict[str, list[Tensor]] = {}
+        for i, (text, own) in enumerate(zip(self.texts, pictures.split(self.count), strict=True)):
+            truth, scenes = pictures_of(self.scenes[i : i + 1].to(self.device), self.truths)
+            found = palette_error(own, truth)
+            if self._oracle:
+                from lit_gen.metrics.oracle import bundled
+                from lit_gen.world.vocabulary import PATTERNS
+
+                reading = bundled(self._oracle).to(self.device).read(own)
+                shown = reading.present & (reading.kind == self.scenes.kind[i, 0])
+                right = (shown & (reading.colour == self.scenes.colour[i, 0])).any(1)
+                found["prompt accuracy"] = right.float().mean()
+                # of the object that was asked for, where it is there
+                pattern = reading.pattern.gather(1, shown.float().argmax(1, keepdim=True))[shown.any(1)]
+                found["pattern coverage error"] = coverage_error(pattern, scenes.pattern[:, 0], len(PATTERNS))
+            self.scores.add([text], **{name.replace(" ", "_"): value[None] for name, value in found.items()})
+            for name, value in found.items():
+                rows.setdefault(name, []).append(value)
+        return {name: torch.stack(values).mean() for name, values in rows.items()}
+
+    def preview(self) -> dict[str, Tensor]:
+        """Every particle, and the first of each prompt over time."""
+        pictures = self.pictures().cpu()
+        size = max(64, pictures.shape[-1])
+        shown = [list(row[:8]) for row in pictures.split(self.count)]
+        result = {"particles": contact_sheet(shown, rows=self.texts, size=size)}
+        if self._strips and self.space == "latents":
+            moments = [self.base.decode(latents).cpu() for latents in self._strips]
+            rows = [[moment[p] for moment in moments] for p in range(len(self.texts))]
+            result["over time"] = contact_sheet(rows, rows=self.texts, size=size)
+        return result
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Path:
+        """Write every particle as a png and all of them as one sheet."""
+        folder = self.run_dir / "samples" / "predict"
+        for i, picture in enumerate(self.pictures().cpu()):
+            save(folder / f"{i // self.count:02d}-{i % self.count:02d}", picture)
+        path = save(folder / "contact-sheet", self.preview()["particles"])
+        print(f"drawn: {path}")
+        return path
+
+
+def latent_shape(base: Any) -> tuple[int, ...]:
+    """C h w of a base's latents."""
+    size = base.unet.config.sample_size
+    return (base.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+
+def picture_shape(base: Any) -> tuple[int, ...]:
+    """3 H W of a base's pictures."""
+    factor = 2 ** (len(base.vae.config.block_out_channels) - 1)
+    return (3, *(factor * side for side in latent_shape(base)[1:]))
+
+
+def hash_of(*numbers: int) -> int:
+    """A seed for a tuple of small numbers, different from those that steps are seeded with."""
+    seed = 17
+    for number in numbers:
+        seed = seed * 1_000_003 + number + 1
+    return seed % 2**31
+
+
+def _read(prompts: list[str] | None, world: WorldPrompts) -> tuple[list[str], Scenes | None]:
+    if prompts is None:
+        told, scenes = world.draw()
+        return [caption.text for caption in told], scenes
+    if not prompts or any(not text.strip() for text in prompts):
+        raise UserError("prompts: give at least one text, and none that is empty")
+    return list(prompts), None

@@ -1,0 +1,70 @@
+"""Prompts of the world with their truth: pictures of scenes that a prompt is true of, all else being as it may."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_gen.errors import UserError
+from lit_gen.world.grammar import Caption, captions
+from lit_gen.world.render import render
+from lit_gen.world.sampling import sample
+from lit_gen.world.scene import Scenes
+
+_POOL = 4096  # scenes among which those of one object are looked for
+
+
+@dataclass
+class WorldPrompts:
+    """Prompts "a red cylinder" of the world, each with a different object.
+
+    Args:
+        count: how many.
+        split: "val" has combinations that were trained on, "test" held-out ones.
+        seed: which ones.
+    """
+
+    count: int = 4
+    split: Literal["train", "val", "test"] = "val"
+    seed: int = 0
+
+    def draw(self) -> tuple[list[Caption], Scenes]:
+        """Captions that state shape and colour, and scenes (count of them) that they describe."""
+        scenes = _singles(self.split, self.seed)
+        told = captions(scenes, "medium", seed=self.seed)
+        plain = [i for i, caption in enumerate(told) if set(caption.facts) == {"objects", "relations"}]
+        chosen: dict[tuple[int, int], int] = {}
+        for i in plain:
+            if "colour" in told[i].facts["objects"][0]:
+                chosen.setdefault((int(scenes.kind[i, 0]), int(scenes.colour[i, 0])), i)
+        if len(chosen) < self.count:
+            raise UserError(f"there are only {len(chosen)} prompts of one object, not {self.count}")
+        taken: list[int] = []
+        used: Counter[tuple[str, int]] = Counter()
+        for _ in range(self.count):  # those that differ most from the ones before
+            kind, colour = min(chosen, key=lambda c: (used["kind", c[0]] + used["colour", c[1]], chosen[c]))
+            used.update([("kind", kind), ("colour", colour)])
+            taken.append(chosen.pop((kind, colour)))
+        index = torch.tensor(taken)
+        return [told[i] for i in index.tolist()], scenes[index]
+
+
+def pictures_of(scene: Scenes, count: int, seed: int = 1) -> tuple[Tensor, Scenes]:
+    """True pictures (count 3 64 64 in [-1, 1]) of the shape and colour of one scene, everything else drawn anew."""
+    scenes = _singles("val", seed, scene.kind.device)
+    scenes = scenes[torch.arange(count, device=scene.kind.device) % len(scenes)]
+    kind, colour = scenes.kind.clone(), scenes.colour.clone()
+    kind[:, 0], colour[:, 0] = scene.kind[0, 0], scene.colour[0, 0]
+    scenes = scenes.replace(kind=kind, colour=colour)
+    return render(scenes).rgb * 2 - 1, scenes
+
+
+def _singles(split: str, seed: int, device: torch.device | str = "cpu") -> Scenes:
+    """Scenes of one ordinary object, photographed."""
+    scenes = sample("photo", split, seed, torch.arange(_POOL, device=device))
+    alone = (scenes.kind[:, 1] < 0) & (scenes.subject[:, 0] < 0) & ~scenes.normals & (scenes.style == 0)
+    return scenes[alone]

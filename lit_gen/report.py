@@ -1,0 +1,146 @@
+"""The report of a sweep: every measure of every arm with intervals, what is claimed and whether it holds, pictures.
+
+The section `sweep: report:` of an experiment file:
+
+    title: StyleCrafter
+    out: docs/results/stylecrafter.md
+    text: what was compared, in a few lines of Markdown
+    reference: full                       # the arm that others are compared with
+    measures:
+      style error: {stage: adapter, better: lower}
+    claims:
+      - {say: "the style is nearer with decoupled crops", measure: style error, arm: full, below: no decoupling}
+      - {say: "...", measure: leak rate, arm: full, below: appended to text, times: 0.33}
+    pictures: {adapter: prompts-x-styles.png}   # stage -> latest sample of that name, of the first seed
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lit_gen.errors import UserError, nearest
+from lit_gen.metrics import scores
+from lit_gen.metrics.scores import Estimate
+from lit_gen.sweep import Cell, Sweep, is_tested, slug
+
+_KEYS = ("title", "out", "text", "reference", "measures", "claims", "pictures")
+_WIDTH = 640  # pixels of a picture in the report, at most
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim, the figure it rests on, and whether that bears it out."""
+
+    say: str
+    figure: Estimate  # arm - times * other
+    holds: str  # yes | no | not shown
+
+
+def write(sweep: Sweep) -> list[Path]:
+    """Write the report and its pictures; returns the files.
+
+    Raises:
+        UserError: the section is not as described above, or nothing has been tested yet.
+    """
+    section = sweep.report
+    for key in section:
+        if key not in _KEYS:
+            raise UserError(f"{sweep.name}: there is no setting `sweep.report.{key}`{nearest(key, _KEYS)}")
+    measures = section.get("measures") or {}
+    arms = list(dict.fromkeys(cell.arm for cell in sweep.cells))
+    tested = {arm: [cell for cell in sweep.of(arm) if _is_complete(cell)] for arm in arms}
+    if not measures or not any(tested.values()):
+        raise UserError(f"{sweep.name}: no measures are named, or no arm has been tested, so there is no report yet")
+    out = Path(section.get("out") or f"docs/results/{slug(sweep.name)}.md")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pictures = _pictures(sweep, tested, out)
+    lines = [f"# {section.get('title') or sweep.name}", "", (section.get("text") or "").strip(), ""]
+    lines += _tables(sweep, tested, measures)
+    if section.get("claims"):
+        lines += _claims([judge(claim, tested, measures) for claim in section["claims"]])
+    for title, file in pictures:
+        lines += [f"**{title}**", "", f"![{title}]({file.relative_to(out.parent).as_posix()})", ""]
+    out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return [out, *(file for _, file in pictures)]
+
+
+def judge(claim: dict[str, Any], tested: dict[str, list[Cell]], measures: dict[str, Any]) -> Verdict:
+    """Whether arm < times * other (or >) beyond the interval of the paired difference."""
+    directions = [d for d in ("below", "above") if d in claim]
+    if len(directions) != 1 or "arm" not in claim or claim.get("measure") not in measures:
+        raise UserError(f"claim {claim}: needs `measure` (one of the measures), `arm`, and `below` or `above` an arm")
+    for arm in (claim["arm"], claim[directions[0]]):
+        if arm not in tested:
+            raise UserError(f"claim {claim.get('say', claim)!r}: there is no arm `{arm}`{nearest(arm, tested)}")
+    measure = claim["measure"]
+    ours, theirs = (_read(tested[arm], measures[measure]) for arm in (claim["arm"], claim[directions[0]]))
+    factor = float(claim.get("times", 1.0))
+    scaled = [{measure: {k: factor * v for k, v in run.get(measure, {}).items()}} for run in theirs]
+    figure = scores.difference(ours, scaled, measure)
+    right, wrong = figure.high < 0, figure.low > 0
+    if directions[0] == "above":
+        right, wrong = wrong, right
+    return Verdict(str(claim.get("say", claim)), figure, "yes" if right else "no" if wrong else "not shown")
+
+
+def _tables(sweep: Sweep, tested: dict[str, list[Cell]], measures: dict[str, Any]) -> list[str]:
+    reference = sweep.report.get("reference")
+    if reference is not None:
+        sweep.of(reference)
+    lines = []
+    for name, how in measures.items():
+        better = (how or {}).get("better", "higher")
+        heading = f"| arm | {name} ({better} is better) |"
+        heading += f" minus {reference} |" if reference else ""
+        lines += [heading, "|---|---|" + ("---|" if reference else "")]
+        shape = (0, 0)
+        for arm, cells in tested.items():
+            try:
+                runs = _read(cells, how)
+                values, _ = scores.table(runs, name)
+            except UserError:
+                continue  # not tested, or a measure that this arm does not have
+            shape = max(shape, values.shape)
+            row = f"| {arm} | {scores.bootstrap(values)} |"
+            if reference:
+                apart = "" if arm == reference else str(scores.difference(runs, _read(tested[reference], how), name))
+                row += f" {apart} |"
+            lines.append(row)
+        lines += ["", f"{shape[1]} samples, {shape[0]} seeds; mean and 95 % bootstrap interval over both.", ""]
+    return lines
+
+
+def _claims(verdicts: list[Verdict]) -> list[str]:
+    lines = ["| claim | holds | difference |", "|---|---|---|"]
+    return [*lines, *(f"| {v.say} | {v.holds} | {v.figure} |" for v in verdicts), ""]
+
+
+def _pictures(sweep: Sweep, tested: dict[str, list[Cell]], out: Path) -> list[tuple[str, Path]]:
+    """Copies of the first seed's latest samples, beside the report."""
+    found = []
+    for stage, name in (sweep.report.get("pictures") or {}).items():
+        for arm, cells in tested.items():
+            if not cells or stage in cells[0].taken:  # the arm it was taken from shows it
+                continue
+            files = sorted(cells[0].folder(stage).glob(f"samples/step-*/{name}"))
+            if not files:
+                continue
+            target = out.parent / "images" / f"{slug(sweep.name)}-{slug(arm)}-{Path(name).stem}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(files[-1]) as picture:
+                picture.thumbnail((_WIDTH, 2 * _WIDTH))
+                picture.convert("RGB").save(target)
+            found.append((arm, target))
+    return found
+
+
+def _read(cells: list[Cell], how: dict[str, Any] | None) -> list[dict[str, dict[str, float]]]:
+    return [scores.read(cell.folder((how or {}).get("stage") or cell.tested[-1])) for cell in cells]
+
+
+def _is_complete(cell: Cell) -> bool:
+    return all(is_tested(cell.folder(stage)) for stage in cell.tested)

@@ -1,0 +1,233 @@
+"""`python -m lit_gen sweep -c experiments/X_ablation.yaml`: an experiment in several arms and seeds, and its report.
+
+The file is an experiment with a section
+
+    sweep:
+      seeds: [0, 1, 2]
+      test: [adapter]               # stages whose checkpoints are tested; the last one by default
+      arms:
+        full: {}                    # settings laid over the experiment
+        no scale: {model: {init_args: {adapter: {scale: false}}}}
+        still: {take: {adapter: full}, stages: {...}}   # a stage that is another arm's is not trained again
+      report: {...}                 # see lit_gen/report.py
+
+Each arm and seed is an ordinary experiment, in `runs/<experiment>/<arm>-seed<n>/`, trained by `fit` and scored by
+`test`; so a sweep that was interrupted continues, and a SLURM array shares one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_gen import experiment
+from lit_gen.errors import UserError, nearest
+from lit_gen.experiment import Run
+from lit_gen.settings import Settings
+
+_KEYS = ("seeds", "test", "arms", "report")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one seed."""
+
+    arm: str
+    seed: int
+    file: Path  # its experiment
+    runs: tuple[Run, ...]  # its stages
+    taken: dict[str, Path]  # stage -> run folder of the arm it is taken from
+    tested: tuple[str, ...]  # stages, "" for an experiment without
+    source: str  # the arm whose stages it takes, else its own
+
+    def folder(self, stage: str) -> Path:
+        """Run folder of a stage, wherever it was trained."""
+        if stage in self.taken:
+            return self.taken[stage]
+        return next(run.folder for run in self.runs if not stage or run.folder.name == stage)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All cells of a sweep file, those of one arm side by side."""
+
+    name: str
+    cells: list[Cell]
+    report: dict[str, Any]
+
+    def of(self, arm: str) -> list[Cell]:
+        found = [cell for cell in self.cells if cell.arm == arm]
+        if not found:
+            raise UserError(f"{self.name}: there is no arm `{arm}`{nearest(arm, {c.arm for c in self.cells})}")
+        return found
+
+
+def main(argv: list[str]) -> int:
+    """Run a sweep, or the part of it that is this task's, then write its report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lit_gen sweep", description="Train and test every arm of an experiment with every seed."
+    )
+    parser.add_argument("-c", "--config", action="append", required=True, metavar="FILE", help="experiment with arms")
+    parser.add_argument("--arm", action="append", help="only this arm (may be given several times)")
+    parser.add_argument("--seed", type=int, action="append", help="only this seed")
+    parser.add_argument("--task", metavar="I/N", help="only the I-th of N parts (default: this SLURM array task's)")
+    parser.add_argument("--report", action="store_true", help="train nothing, write the report of what there is")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two small steps of every arm, to see that all of it works"
+    )
+    args, overrides = parser.parse_known_args(argv)
+    sweep = read(args.config, args.smoke)
+    cells = [
+        cell
+        for cell in sweep.cells
+        if (not args.arm or cell.arm in args.arm) and (not args.seed or cell.seed in args.seed)
+    ]
+    for arm in args.arm or ():
+        sweep.of(arm)  # says what is wrong with its name
+    if not args.report:
+        own = share(cells, *task(args.task))
+        for number, cell in enumerate(own, 1):
+            print(f"[{number}/{len(own)}] {sweep.name}: {cell.arm}, seed {cell.seed}", flush=True)
+            if code := run(cell, overrides, args.smoke):
+                return code
+    missing = [cell for cell in sweep.cells for stage in cell.tested if not is_tested(cell.folder(stage))]
+    if missing and not args.report:
+        print(f"{len(missing)} of {len(sweep.cells)} cells are still to be run; the report waits for them")
+        return 0
+    from lit_gen.report import write  # after the runs, since it needs numpy and pictures
+
+    for path in write(sweep):
+        print(f"written: {path}")
+    return 0
+
+
+def read(files: list[str], smoke: bool = False) -> Sweep:
+    """Read a sweep and write the experiment file of each of its cells.
+
+    Args:
+        files: the `-c` files.
+        smoke: of runs made small, which lie below `smoke/`.
+
+    Raises:
+        UserError: there is no `sweep:` section, or it is not as described above.
+    """
+    merged = experiment.read(files, [])
+    where, section = merged.origin(("sweep",)), merged.data.get("sweep")
+    if not isinstance(section, dict) or not isinstance(section.get("arms"), dict):
+        raise UserError(f"{where or files[-1]}: a sweep needs `sweep: {{arms: {{NAME: SETTINGS}}}}`")
+    for key in section:
+        if key not in _KEYS:
+            raise UserError(f"{merged.origin(('sweep', key))}: there is no setting `sweep.{key}`{nearest(key, _KEYS)}")
+    name = str(merged.data.get("experiment") or Path(files[-1]).stem)
+    root = Path(str(merged.data.get("run_root") or "runs"))
+    cells = [
+        _cell(merged, files, name, root, arm, seed, smoke)
+        for seed in section.get("seeds", [0])
+        for arm in _in_order(merged, section["arms"])
+    ]
+    return Sweep(name, cells, section.get("report") or {})
+
+
+def _in_order(merged: Settings, arms: dict[str, Any]) -> list[str]:
+    """Arms that take a stage from another come after it."""
+    for arm, settings in arms.items():
+        for source in ((settings or {}).get("take") or {}).values():
+            if source not in arms or (arms[source] or {}).get("take"):
+                where = merged.origin(("sweep", "arms", arm, "take"))
+                raise UserError(f"{where}: `{arm}` cannot take a stage from `{source}`{nearest(source, arms)}")
+    return sorted(arms, key=lambda arm: bool((arms[arm] or {}).get("take")))
+
+
+def _cell(merged: Settings, files: list[str], name: str, root: Path, arm: str, seed: int, smoke: bool) -> Cell:
+    section = merged.data["sweep"]
+    own = dict(section["arms"][arm] or {})
+    take = own.pop("take", None) or {}
+    folder = f"{name}/{slug(arm)}-seed{seed}"
+    file = root / name / "cells" / f"{slug(arm)}-seed{seed}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "base": [os.path.relpath(f, file.parent) for f in files],
+        "experiment": folder,
+        "seed_everything": seed,
+        **{key: value for key, value in own.items() if key != "stages"},
+    }
+    stages = {stage: dict(settings or {}) for stage, settings in (own.get("stages") or {}).items()}
+    names = [stage for stage, settings in (merged.data.get("stages") or {}).items() if settings is not None]
+    taken = {}
+    for stage, source in take.items():
+        if stage not in names:
+            where = merged.origin(("sweep", "arms", arm, "take", stage))
+            raise UserError(f"{where}: there is no stage `{stage}`{nearest(stage, names)}")
+        taken[stage] = root / ("smoke" if smoke else "") / name / f"{slug(source)}-seed{seed}" / stage
+        stages[stage] = None
+        following = [s for s in names[names.index(stage) + 1 :] if s not in take][:1]
+        for later in following:
+            stages.setdefault(later, {}).setdefault("init_from", str(taken[stage] / "checkpoints" / "last.ckpt"))
+    if stages:
+        content["stages"] = stages
+    text = f"# {name}: {arm}, seed {seed}\n" + yaml.safe_dump(content, sort_keys=False)
+    if not file.is_file() or file.read_text() != text:
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(text)
+        temporary.replace(file)
+    runs = tuple(experiment.runs([str(file)], [], smoke))
+    tested = tuple(section.get("test") or ([runs[-1].folder.name] if len(names) else [""]))
+    for stage in tested:
+        if names and stage not in names:
+            where = merged.origin(("sweep", "test"))
+            raise UserError(f"{where}: there is no stage `{stage}` to test{nearest(stage, names)}")
+    return Cell(arm, seed, file, runs, taken, tested, next(iter(take.values()), arm))
+
+
+def run(cell: Cell, overrides: list[str], smoke: bool) -> int:
+    """Train a cell's stages and test those that are to be; what is done already is skipped."""
+    from lit_gen import cli
+
+    common = ["-c", str(cell.file), *overrides, *(["--smoke"] if smoke else [])]
+    waiting = [run for run in cell.runs if not run.done.is_file()]
+    if waiting and (code := cli.main(["fit", *common])):
+        return code
+    for stage in cell.tested:
+        if stage in cell.taken or is_tested(cell.folder(stage)):
+            continue
+        if not cell.runs[-1].done.is_file():
+            return 0  # paused: the next command continues
+        if code := cli.main(["test", *common, *(["--stage", stage] if stage else [])]):
+            return code
+    return 0
+
+
+def is_tested(folder: Path) -> bool:
+    """Whether a run has scores of its final weights."""
+    scores, done = folder / "scores.json", folder / "DONE"
+    return scores.is_file() and done.is_file() and scores.stat().st_mtime >= done.stat().st_mtime
+
+
+def task(text: str | None) -> tuple[int, int]:
+    """Which part of how many: "I/N" with I from 0, or this task of a SLURM array, or everything."""
+    if text is None:
+        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
+        index = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0)) - first
+        return index, int(os.environ.get("SLURM_ARRAY_TASK_COUNT", 1))
+    if not (found := re.fullmatch(r"(\d+)/(\d+)", text)) or int(found[1]) >= int(found[2]):
+        raise UserError(f"--task {text}: give it as I/N with I from 0 to N - 1")
+    return int(found[1]), int(found[2])
+
+
+def share(cells: list[Cell], index: int, count: int) -> list[Cell]:
+    """The cells of one task; cells that take stages from each other stay together."""
+    groups: dict[tuple[str, int], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.source, cell.seed), []).append(cell)
+    return [cell for group in list(groups.values())[index::count] for cell in group]
+
+
+def slug(name: str) -> str:
+    """A name as it can stand in a path."""
+    return re.sub(r"[^\w.+-]+", "-", name.strip().lower()).strip("-")

@@ -1,0 +1,131 @@
+"""Arms and seeds of an experiment, and the report that compares them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy import TOY
+
+from lit_gen import sweep
+from lit_gen.errors import UserError
+from lit_gen.metrics import scores
+from lit_gen.metrics.scores import Scores, bootstrap, difference
+
+Command = Callable[..., int]
+
+SWEEP = """\
+stages:
+  one: {trainer: {max_steps: 6}}
+  two: {trainer: {max_steps: 4}}
+sweep:
+  seeds: [0, 1, 2]
+  test: [one, two]
+  arms:
+    slow: {model: {init_args: {sgd: {lr: 0.0001}}}}
+    quick: {model: {init_args: {sgd: {lr: 0.1}}}}
+    quick then still: {take: {one: quick}, stages: {two: {model: {init_args: {sgd: {lr: 0.0}}}}}}
+  report:
+    out: results/toy.md
+    text: Three learning rates.
+    reference: slow
+    measures: {error: {stage: two, better: lower}}
+    claims:
+      - {say: fast learns more, measure: error, arm: quick, below: slow}
+      - {say: fast learns less, measure: error, arm: quick, above: slow}
+      - {say: a thousand times more, measure: error, arm: quick, below: slow, times: 0.001}
+"""
+
+
+@pytest.fixture
+def arms(here: Path) -> str:
+    (here / "arms.yaml").write_text(TOY + SWEEP)
+    return "arms.yaml"
+
+
+def test_every_arm_and_seed_is_trained_tested_and_compared(
+    lit_gen: Command, arms: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert lit_gen("sweep", "-c", arms) == 0
+    for arm in ("slow", "quick", "quick-then-still"):
+        for seed in (0, 1, 2):
+            assert Path(f"runs/arms/{arm}-seed{seed}/two/scores.json").is_file()
+    # A taken stage is not trained again, and the next one starts from it.
+    assert not Path("runs/arms/quick-then-still-seed0/one").exists()
+    assert scores.read(Path("runs/arms/quick-then-still-seed0/two")) == scores.read(Path("runs/arms/quick-seed0/one"))
+    assert scores.read(Path("runs/arms/quick-seed0/one")) != scores.read(Path("runs/arms/quick-seed1/one"))
+    report = Path("results/toy.md").read_text()
+    assert "| fast learns more | yes |" in report and "| fast learns less | no |" in report
+    assert "| a thousand times more | no |" in report and "20 samples, 3 seeds" in report
+    before = Path("runs/arms/quick-seed0/two/trace").read_text()
+    capsys.readouterr()
+    assert lit_gen("sweep", "-c", arms) == 0  # again: nothing is left but the report
+    assert Path("runs/arms/quick-seed0/two/trace").read_text() == before
+    assert "two: step" not in capsys.readouterr().out
+
+
+def test_tasks_of_an_array_share_the_cells(arms: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = sweep.read([arms]).cells
+    shares = [sweep.share(cells, i, 4) for i in range(4)]
+    assert sorted((c.arm, c.seed) for part in shares for c in part) == sorted((c.arm, c.seed) for c in cells)
+    for part in shares:  # an arm that takes another's stage is in its task
+        assert {("quick", c.seed) for c in part if c.taken} <= {(c.arm, c.seed) for c in part}
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
+    assert sweep.task(None) == (2, 4) and sweep.task("0/2") == (0, 2)
+    with pytest.raises(UserError, match="--task 2/2"):
+        sweep.task("2/2")
+
+
+@pytest.mark.parametrize(
+    "old,new,message",
+    [
+        ("seeds: [0", "seed: [0", "`sweep.seed`, did you mean `seeds`"),
+        ("take: {one: quick}", "take: {one: quik}", "`quick then still` cannot take a stage from `quik`"),
+        ("take: {one: quick}", "take: {onne: quick}", "no stage `onne`, did you mean `one`"),
+        ("test: [one, two]", "test: [one, tow]", "no stage `tow` to test"),
+        ("sweep:", "swep:", "a sweep needs"),
+        ("lr: 0.1", "lrr: 0.1", "lrr"),
+    ],
+)
+def test_slips_are_one_line(
+    lit_gen: Command, arms: str, capsys: pytest.CaptureFixture, old: str, new: str, message: str
+) -> None:
+    Path(arms).write_text((TOY + SWEEP).replace(old, new))
+    assert lit_gen("sweep", "-c", arms, "--arm", "quick") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_sweep_reports_what_there_is(lit_gen: Command, arms: str, capsys: pytest.CaptureFixture) -> None:
+    assert lit_gen("sweep", "-c", arms, "--arm", "slow", "--seed", "1") == 0
+    assert "the report waits" in capsys.readouterr().out and not Path("results").exists()
+    with pytest.raises(UserError, match="no arm `slw`, did you mean `slow`"):
+        sweep.main(["-c", arms, "--arm", "slw"])
+
+
+def test_intervals_cover_the_mean_and_pair_what_belongs_together() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for i in range(60):
+        estimate = bootstrap(rng.normal(1.0, 1.0, (3, 80)), draws=300, seed=i)
+        hits += estimate.low <= 1.0 <= estimate.high
+    assert hits >= 52
+    # Samples differ far more than the arms do; in pairs the difference shows all the same.
+    hard = {str(i): float(v) for i, v in enumerate(rng.normal(0, 10, 200))}
+    ours = [{"error": {k: v - 0.5 + rng.normal(0, 0.3) for k, v in hard.items()}} for _ in range(3)]
+    theirs = [{"error": dict(reversed(hard.items()))} for _ in range(3)]
+    paired = difference(ours, theirs, "error")
+    assert paired.high < 0 and abs(paired.mean + 0.5) < 0.1
+    with pytest.raises(UserError, match="share no sample"):
+        difference(ours, [{"error": {"other": 1.0}}] * 3, "error")
+
+
+def test_scores_leave_out_what_does_not_apply(tmp_path: Path) -> None:
+    kept = Scores()
+    kept.add(["a", "b"], style_error=np.array([0.5, float("nan")]))
+    kept.write(tmp_path)
+    assert json.loads((tmp_path / "scores.json").read_text()) == {"style error": {"a": 0.5}}
