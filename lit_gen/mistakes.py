@@ -6,31 +6,55 @@ through. So settings are first held against the signatures of the classes they n
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import importlib
 import inspect
-import pkgutil
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as L
 from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 
 from lit_gen.callbacks.checkpoint import Checkpoint
+from lit_gen.callbacks.speed import Speed
+from lit_gen.classes import (
+    alternatives,
+    class_types,
+    data_class,
+    is_function_type,
+    keep_to_packages,
+    parameters,
+    resolve,
+)
 from lit_gen.errors import nearest
 from lit_gen.experiment import Run
 from lit_gen.settings import KeyPath, Settings, merge, parse_value
 
-ROOTS = {"trainer": L.Trainer, "model": L.LightningModule, "data": L.LightningDataModule, "checkpoint": Checkpoint}
+ROOTS = {
+    "trainer": L.Trainer,
+    "model": L.LightningModule,
+    "data": L.LightningDataModule,
+    "checkpoint": Checkpoint,
+    "speed": Speed,
+}
+UNPICKLING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 PLAIN_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 
 
 def find(run: Run, top_level: Iterable[str]) -> list[str]:
     """Every mistake in the settings of `run`; `top_level` names the keys that the parser knows."""
+    keep_to_packages()
     tree = with_overrides(run)
     top_level = sorted(set(top_level))
     found = [
@@ -39,7 +63,7 @@ def find(run: Run, top_level: Iterable[str]) -> list[str]:
         if key not in top_level
     ]
     for name, value in tree.data.items():
-        if name not in ROOTS or (value is None and name in ("data", "checkpoint")):
+        if name not in ROOTS or (value is None and name in ("data", "checkpoint", "speed")):
             continue
         if name in ("model", "data"):
             found += _subclass(tree, (name,), value, ROOTS[name])
@@ -47,6 +71,7 @@ def find(run: Run, top_level: Iterable[str]) -> list[str]:
             found.append(_line(tree, (name,), f"`{name}` must be a mapping of settings, not {value!r}"))
         else:
             found += _arguments(tree, (name,), value, ROOTS[name])
+    found += _strategy(tree)
     if "model" not in tree.data:
         found.append(f"{run.name}: the settings name no `model:`")
     return list(dict.fromkeys(found))
@@ -57,19 +82,6 @@ def shorten(message: str) -> str:
     noise = r"Does not validate|Subtypes:|Errors:|Given value|- Expected a <class 'NoneType'>|Subclass|- a (class|dict)"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip() and not re.match(noise, line.strip())]
     return " ".join(lines).replace('Parser key "config": ', "").replace('Parser key "', "`").replace('":', "`:")
-
-
-def parameters(cls: type) -> dict[str, tuple[Any, Any]] | None:
-    """Name -> (type, default) of a constructor's arguments; None where they cannot be known."""
-    try:
-        signature = inspect.signature(cls.__init__)
-        hints = typing.get_type_hints(cls.__init__)
-    except (TypeError, ValueError, NameError):
-        return None
-    named = list(signature.parameters.values())[1:]
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in named):
-        return None
-    return {p.name: (hints.get(p.name, Any), p.default) for p in named}
 
 
 # -- the walk ---------------------------------------------------------------------------------------------------------
@@ -89,25 +101,30 @@ def _subclass(tree: Settings, path: KeyPath, value: Any, base: Any) -> list[str]
     ]
     if "class_path" not in value:
         return found or [_line(tree, path, f"`{key}` lacks `class_path`")]
+    if not class_types(base):
+        return [*found, _line(tree, path, f"`{key}` takes no class")]
     cls = resolve(str(value["class_path"]), base)
     if isinstance(cls, str):
         return [*found, _line(tree, (*path, "class_path"), f"`{key}.class_path`: {cls}")]
     arguments = value.get("init_args")
     if arguments is not None and not isinstance(arguments, dict):
         return [*found, _line(tree, (*path, "init_args"), f"`{key}.init_args` must be a mapping, not {arguments!r}")]
-    is_factory = any(typing.get_origin(t) is Callable for t in _alternatives(base))  # called later, with the rest
+    is_factory = any(is_function_type(t) for t in alternatives(base))  # called later, with the rest
     return found + _arguments(tree, (*path, "init_args"), arguments or {}, cls, complete=not is_factory)
 
 
 def _arguments(tree: Settings, path: KeyPath, values: dict[str, Any], cls: type, complete: bool = True) -> list[str]:
     """Settings of one class or dataclass."""
-    known = parameters(cls)
-    if known is None:
+    signature = parameters(cls)
+    if signature is None:
         return []
+    known, takes_others = signature
     found = []
     for name, value in values.items():
         here = (*path, name)
         if name.rstrip("+") not in known:
+            if takes_others:  # the parser finds out which
+                continue
             problem = f"`{_dotted(here)}`: {cls.__name__} has no setting `{name}`{nearest(name, known)}"
             found.append(_line(tree, here, problem))
         else:
@@ -119,18 +136,42 @@ def _arguments(tree: Settings, path: KeyPath, values: dict[str, Any], cls: type,
 
 
 def _value(tree: Settings, path: KeyPath, value: Any, kind: Any) -> list[str]:
-    data_classes = [t for t in _alternatives(kind) if dataclasses.is_dataclass(t)]
-    if isinstance(value, dict) and "class_path" in value:
-        return _subclass(tree, path, value, kind)
-    if data_classes and isinstance(value, dict):
-        return _arguments(tree, path, value, data_classes[0])
-    if isinstance(value, list) and any(isinstance(v, dict) and "class_path" in v for v in value):
-        return [line for i, v in enumerate(value) for line in _value(tree, (*path, i), v, kind)]
     if isinstance(value, str) and "${" in value:  # an interpolation; its type shows when it is resolved
         return []
-    if kind is Any or _fits(value, kind, typed=tree.origin(path).startswith("--")):
+    if isinstance(value, dict) and "class_path" in value:
+        return _subclass(tree, path, value, kind)
+    if isinstance(value, dict) and (fields := data_class(kind)):
+        return _arguments(tree, path, value, fields)
+    kinds, typed = list(alternatives(kind)), tree.origin(path).startswith("--")
+    if isinstance(value, str) and str not in kinds and not ("." not in value and _fits(value, kind, typed)):
+        if class_types(kind):  # then it can only be the name of one
+            return _subclass(tree, path, value, kind)
+        if any(is_function_type(t) for t in kinds):
+            return [_line(tree, path, f"`{_dotted(path)}` takes a function, and settings cannot name one")]
+    if isinstance(value, list | dict) and class_types(kind):
+        items = enumerate(value) if isinstance(value, list) else value.items()
+        inside = [line for key, v in items if isinstance(v, str | dict) for line in _value(tree, (*path, key), v, kind)]
+        if inside:
+            return inside
+    if kind is Any or _fits(value, kind, typed):
         return []
     return [_line(tree, path, f"`{_dotted(path)}` must be {_spell(kind)}, not {value!r}")]
+
+
+def _strategy(tree: Settings) -> list[str]:
+    """Some of Lightning's strategies unpickle the checkpoints they are given, whatever `weights_only` says."""
+    trainer = tree.data.get("trainer")
+    value = trainer.get("strategy") if isinstance(trainer, dict) else None
+    name = value.get("class_path") if isinstance(value, dict) else value
+    if not isinstance(name, str):
+        return []
+    if "${" in name:  # what it will be is not known here
+        return [_line(tree, ("trainer", "strategy"), "`trainer.strategy` must be named in its place, not by ${...}")]
+    cls = StrategyRegistry[name]["strategy"] if name in StrategyRegistry else resolve(name, Strategy)
+    if not isinstance(cls, type) or cls.load_checkpoint not in [s.load_checkpoint for s in UNPICKLING]:
+        return []
+    problem = "reads checkpoints in a way that can run code from them; use ddp, or lit_gen.scale.zero.ZeRO for sharding"
+    return [_line(tree, ("trainer", "strategy"), f"`trainer.strategy`: {name} {problem}")]
 
 
 def _fits(value: Any, kind: Any, typed: bool) -> bool:
@@ -145,66 +186,10 @@ def _fits(value: Any, kind: Any, typed: bool) -> bool:
         if typed and not isinstance(value, dict | list):  # words of the command line have no type of their own yet
             parser.parse_args([f"--x={'null' if value is None else value}"])
         else:
-            parser.parse_object({"x": value})
+            parser.parse_object({"x": copy.deepcopy(value)})
     except (ArgumentError, TypeError, ValueError):
         return False
     return True
-
-
-# -- names ------------------------------------------------------------------------------------------------------------
-
-
-def resolve(name: str, base: Any) -> type | str:
-    """The class called `name`, or what is wrong with the name."""
-    bases = tuple(t for t in _alternatives(base) if isinstance(t, type))
-    if "." not in name:
-        known = {c.__name__: c for b in bases for c in _descendants(b)}
-        hint = nearest(name, known) or "; give it as package.module.Class"
-        return known.get(name) or f"there is no class `{name}`{hint}"
-    parts = name.split(".")
-    for n in range(1, len(parts)):
-        prefix = ".".join(parts[:n])
-        try:
-            found: Any = importlib.import_module(prefix)
-        except ModuleNotFoundError as error:
-            if error.name != prefix:
-                return f"`{prefix}` cannot be imported: {error}"
-            if n == 1:
-                return f"there is no package `{prefix}`{nearest(prefix, (m.name for m in pkgutil.iter_modules()))}"
-            parent = importlib.import_module(".".join(parts[: n - 1]))
-            if hasattr(parent, parts[n - 1]):  # a class within a class
-                return _attribute(parent, parts[n - 1 :], name, bases)
-            names = [m.name for m in pkgutil.iter_modules(getattr(parent, "__path__", []))]
-            return f"`{parent.__name__}` has no module `{parts[n - 1]}`{nearest(parts[n - 1], names)}"
-        except Exception as error:  # whatever the module's own code raises
-            return f"`{prefix}` cannot be imported: {type(error).__name__}: {error}"
-    return _attribute(found, parts[-1:], name, bases)
-
-
-def _attribute(module: Any, parts: list[str], name: str, bases: tuple[type, ...]) -> type | str:
-    for part in parts:
-        if not hasattr(module, part):
-            classes = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, bases or object)]
-            return f"`{module.__name__}` has no class `{part}`{nearest(part, classes)}"
-        module = getattr(module, part)
-    if isinstance(module, type) and bases and not issubclass(module, bases):
-        return f"`{name}` is not a {' or '.join(b.__name__ for b in bases)}"
-    return module if isinstance(module, type) else f"`{name}` is not a class"
-
-
-def _alternatives(kind: Any) -> Iterator[Any]:
-    """The plain types inside a Union, an Optional or a list."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType, list, dict, tuple, typing.Annotated):
-        for part in typing.get_args(kind):
-            yield from _alternatives(part)
-    elif kind not in (None, type(None), Any):
-        yield kind
-
-
-def _descendants(cls: type) -> Iterator[type]:
-    yield cls
-    for child in cls.__subclasses__():
-        yield from _descendants(child)
 
 
 def _spell(kind: Any) -> str:
@@ -222,8 +207,8 @@ def _spell(kind: Any) -> str:
 
 def _misplaced(key: str, node: dict[str, Any]) -> str:
     cls = resolve(str(node.get("class_path", "")), None)
-    known = parameters(cls) if isinstance(cls, type) else None
-    return "; it belongs under `init_args`" if known and key in known else ""
+    signature = parameters(cls) if isinstance(cls, type) else None
+    return "; it belongs under `init_args`" if signature and key in signature[0] else ""
 
 
 def _line(tree: Settings, path: KeyPath, problem: str) -> str:

@@ -15,6 +15,11 @@ from lit_gen.errors import UserError, nearest
 KeyPath = tuple[str | int, ...]
 
 
+TAG = "tag:yaml.org,2002:"
+PLAIN_TAGS = {TAG + kind for kind in ("null", "bool", "int", "float", "str", "map", "seq")}
+AT_MOST = 100_000  # settings of one file
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as jsonargparse reads it: 1e-4 is a number, dates and 1:30 are not."""
 
@@ -58,7 +63,7 @@ def parse_value(text: str) -> Any:
     """A value as written on the command line."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
 
 
@@ -72,9 +77,10 @@ def read(path: Path) -> Settings:
         near = nearest(path.name, [p.name for p in path.parent.glob("*") if p.suffix in (".yaml", ".yml")])
         where = f"{path}: no such file" if path.parent.is_dir() else f"{path}: no such folder as {path.parent}"
         raise UserError(where + near)
-    loader = _Loader(path.read_text(encoding="utf-8"))
-    loader.name = str(path)
+    loader = None
     try:
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        loader.name = str(path)
         node = loader.get_single_node()
         settings = Settings()
         if node is None:
@@ -86,12 +92,25 @@ def read(path: Path) -> Settings:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{path}{line}: not valid YAML: {problem}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid YAML: not a text in UTF-8 ({error.reason})") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply, or within itself") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _build(loader: _Loader, node: yaml.Node, file: str, path: KeyPath, origins: dict[KeyPath, str]) -> Any:
+    where = f"{file}:{node.start_mark.line + 1}"
+    if node.tag not in PLAIN_TAGS:
+        raise UserError(
+            f"{where}: {node.tag.replace(TAG, '!!')} is no kind of value that settings have; write it plainly"
+        )
+    if len(origins) > AT_MOST:
+        raise UserError(f"{where}: more than {AT_MOST:,} settings; aliases (*name) may have multiplied them")
     if isinstance(node, yaml.MappingNode):
         loader.flatten_mapping(node)
         result: dict[str, Any] = {}
@@ -107,7 +126,10 @@ def _build(loader: _Loader, node: yaml.Node, file: str, path: KeyPath, origins: 
         for i, item in enumerate(node.value):
             origins[(*path, i)] = f"{file}:{item.start_mark.line + 1}"
         return [_build(loader, item, file, (*path, i), origins) for i, item in enumerate(node.value)]
-    return loader.construct_object(node, deep=True)
+    try:
+        return loader.construct_object(node, deep=True)
+    except (ValueError, KeyError):  # `!!int word`, or a number of thousands of digits
+        raise UserError(f"{where}: `{node.value[:40]}` is no {node.tag.removeprefix(TAG)}") from None
 
 
 def merge(under: Settings, over: Settings) -> Settings:

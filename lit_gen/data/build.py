@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from lit_gen.data import stories
 from lit_gen.data.decode import encode_image, encode_video
 from lit_gen.data.facts import facts_from_scenes
 from lit_gen.data.sets import SetFile
-from lit_gen.data.shards import INDEX, Shard, ShardSet, write_index, write_tar
+from lit_gen.data.shards import INDEX, ShardSet, write_index
+from lit_gen.data.split import Job, Samples, Task, cores, own_devices
 from lit_gen.errors import UserError
 
 _CHUNK = 64  # pictures rendered at once
 _NOT_CONTENT = ("sheets.py", "bench.py")  # files of the world that change no picture
 
 
-def build(set_file: str | Path, workers: int | None = None, force: bool = False, device: str | None = None) -> Path:
-    """Build the shards of a set file unless they are complete and current; returns their folder.
+def build(
+    set_file: str | Path,
+    workers: int | None = None,
+    force: bool = False,
+    device: str | None = None,
+    task: Task = Task(),
+) -> Path | None:
+    """Build the shards of a set file unless they are complete and current.
 
     Shards are written beside the final folder, which appears by a rename once all are complete; an interrupted build
     continues with the shards it has. A set whose file, or the world's code, changed is built again with a notice.
@@ -39,49 +40,66 @@ def build(set_file: str | Path, workers: int | None = None, force: bool = False,
     Args:
         workers: processes that render; by default one per core, or one for a small set. The bytes do not depend on it.
         force: build again even if nothing changed.
-        device: "cpu" or "cuda"; by default a GPU if there is one.
+        device: "cpu" or "cuda"; by default all GPUs if there are any, one process each.
+        task: the part of the shards to write.
+
+    Returns:
+        The folder of the set, or None while other tasks have yet to write their part.
+
+    Raises:
+        Paused: a signal asked to stop.
     """
     description = SetFile.read(set_file)
-    folder = description.folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / f".{folder.name}.lock"):  # of two runs that need a set, one builds it
-        source = source_fingerprint(description)
+    folder, source = description.folder, source_fingerprint(description)
+    if force and task.count > 1:
+        raise UserError(f"--force by several tasks would undo each other's work; remove {folder} beforehand instead")
+
+    def index(building: Path, shards: list) -> None:
+        write_index(building, description.kind, shards, description.description, source)
+
+    title, sizes = f"building {description.name}", _sizes(description)
+    job = Job(folder, source[:12], title, sizes, partial(_renderer, description), index)
+
+    def current() -> bool:
+        if force:
+            shutil.rmtree(job.building, ignore_errors=True)
+            return False
         stale = _what_changed(description, source)
-        if stale is None and not force:
-            return folder
         if stale:
             print(f"data: {description.path}: {stale}; building {folder} again", file=sys.stderr)
-        for leftover in folder.parent.glob(f".{folder.name}.*.building"):
-            if force or source[:12] not in leftover.name:
-                shutil.rmtree(leftover)
-        building = folder.parent / f".{folder.name}.{source[:12]}.building"
-        building.mkdir(exist_ok=True)
-        shards = _write_all(description, building, workers or _useful_workers(description), device)
-        write_index(building, description.kind, shards, description.description, source)
-        _replace(building, folder)
-    return folder
+        return stale is None
+
+    devices = own_devices(device, workers or cores())
+    devices = devices if workers else _useful(devices, description)
+    return folder if job.run(task, devices, current) else None
 
 
 def source_fingerprint(description: SetFile) -> str:
     """Hash of all that determines the pictures: the set file and the world's code."""
     digest = hashlib.sha256(json.dumps(description.description, sort_keys=True).encode())
     world = Path(__file__).parent.parent / "world"
-    for file in sorted(f for f in world.glob("*.py") if f.name not in _NOT_CONTENT):
+    files = sorted(f for f in world.glob("*.py") if f.name not in _NOT_CONTENT)
+    for file in [*files, *(sorted(world.glob("stories/*.py")) if description.kind == "stories" else ())]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def write_shard(description: SetFile, folder: Path, number: int, device: str) -> Shard:
-    """Render samples number * samples_per_shard … into one tar, unless an interrupted build already has."""
-    file = folder / f"{number:06d}.tar"
-    done = file.with_suffix(".json")
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        return Shard(**json.loads(done.read_text()) | {"file": file})
-    first = number * description.samples_per_shard
-    last = min(first + description.samples_per_shard, description.count)
-    shard = write_tar(file, _rendered(description, first, last, device))
-    done.write_text(json.dumps(asdict(shard) | {"file": file.name}))
-    return shard
+def _sizes(description: SetFile) -> list[int]:
+    """Samples of each shard."""
+    each = description.samples_per_shard
+    return [min(each, description.count - first) for first in range(0, description.count, each)]
+
+
+def _renderer(description: SetFile, building: Path, device: str) -> Samples:
+    """What writes shards on a device."""
+
+    rendered = stories.rendered if description.kind == "stories" else _rendered
+
+    def samples(number: int) -> Iterator[dict[str, str | bytes]]:
+        first = number * description.samples_per_shard
+        return rendered(description, first, min(first + description.samples_per_shard, description.count), device)
+
+    return samples
 
 
 def _rendered(description: SetFile, first: int, last: int, device: str) -> Iterator[dict[str, str | bytes]]:
@@ -93,7 +111,9 @@ def _rendered(description: SetFile, first: int, last: int, device: str) -> Itera
     video = description.kind == "videos"
     extension, encode = ("mp4", encode_video) if video else ("png", encode_image)
     chunk = (max(1, _CHUNK // description.frames) if video else _CHUNK) if device == "cpu" else last - first
-    with ThreadPoolExecutor(1 if device == "cpu" else os.cpu_count()) as threads:  # a GPU outruns one encoding core
+    # A GPU outruns one encoding core; several of them share the cores.
+    encoders = 1 if device == "cpu" else max(1, cores() // torch.cuda.device_count())
+    with ThreadPoolExecutor(encoders) as threads:
         for start in range(first, last, chunk):
             index = torch.arange(start, min(start + chunk, last), device=device)
             scenes = sample(description.recipe, description.split, description.seed, index)
@@ -109,50 +129,11 @@ def _rendered(description: SetFile, first: int, last: int, device: str) -> Itera
                 yield {"__key__": f"{i:08d}", extension: media, "txt": text.text.encode(), "json": truth}
 
 
-def _write_all(description: SetFile, folder: Path, workers: int, device: str | None) -> list[Shard]:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    count = -(-description.count // description.samples_per_shard)
-    write = partial(write_shard, description, folder, device=device)
-    with tqdm(total=description.count, desc=f"building {description.name}", unit="sample", **_bar()) as bar:
-        if device != "cpu" or min(workers, count) == 1:
-            shards = []
-            for number in range(count):
-                shards.append(write(number))
-                bar.update(shards[-1].samples)
-        else:
-            shards = _in_processes(write, count, min(workers, count), bar)
-    for file in folder.glob("*.json"):
-        file.unlink()
-    return shards
-
-
-def _useful_workers(description: SetFile) -> int:
-    pictures = description.count * (description.frames if description.kind == "videos" else 1)
-    return 1 if pictures < 1000 else os.cpu_count() or 1  # starting processes takes as long as some hundred pictures
-
-
-def _in_processes(write: partial, count: int, workers: int, bar: tqdm) -> list[Shard]:
-    # Spawned, not forked: torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        futures = [pool.submit(write, number) for number in range(count)]
-        try:
-            for future in as_completed(futures):
-                bar.update(future.result().samples)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    return [future.result() for future in futures]
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-
-    def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)  # the parent was killed: nobody wants the rest, and a second build may have begun
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def _useful(devices: list[str], description: SetFile) -> list[str]:
+    """One device for a small set: starting processes takes as long as so many pictures take a core, or a GPU."""
+    frames = {"videos": description.frames, "stories": 5 * description.frames}.get(description.kind, 1)
+    pictures = description.count * frames
+    return devices if pictures >= (1000 if devices[0] == "cpu" else 50_000) else devices[:1]
 
 
 def _what_changed(description: SetFile, source: str) -> str | None:
@@ -170,26 +151,3 @@ def _what_changed(description: SetFile, source: str) -> str | None:
     keys = [k for k in new.keys() | old.keys() if new.get(k) != old.get(k)]
     changes = ", ".join(f"{k} was {old.get(k)}, is {new.get(k)}" for k in sorted(keys))
     return changes or "the world's code changed"
-
-
-def _replace(new: Path, old: Path) -> None:
-    aside = old.with_name(f".{old.name}.old")
-    if aside.exists():
-        shutil.rmtree(aside)
-    if old.exists():
-        old.rename(aside)
-    new.rename(old)
-    if aside.exists():
-        shutil.rmtree(aside)
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    with file.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _bar() -> dict:
-    # In a log file a line every ten seconds, on a terminal a live bar.
-    return {} if sys.stderr.isatty() else {"mininterval": 10, "maxinterval": 10, "ascii": True}

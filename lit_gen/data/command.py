@@ -6,18 +6,31 @@ import argparse
 import sys
 from pathlib import Path
 
+from lit_gen import interrupts
+from lit_gen.data import story_commands
 from lit_gen.data.shards import ShardSet
+from lit_gen.data.split import Paused, Task
 from lit_gen.errors import UserError
 
 _USAGE = """\
-python -m lit_gen data -c data/x.yaml [-c …] [--workers N] [--device cpu|cuda] [--force]
-       python -m lit_gen data pack FOLDER --out data/shards/mine [--captions captions.csv]
+python -m lit_gen data -c data/x.yaml [-c …] [--task I/N] [--workers N] [--device cpu|cuda] [--force]
+       python -m lit_gen data pack FOLDER --out data/shards/mine [--captions captions.csv] [--task I/N]
+       python -m lit_gen data pack-stories ANNOTATIONS.json --videos FOLDER --out data/shards/mine [--captions FILE]
+       python -m lit_gen data describe ANNOTATIONS.json --model FOLDER --out captions.jsonl
        python -m lit_gen data verify SET"""
+
+
+TASK_HELP = "part of the shards to write, 0/N to N-1/N (default: this process's part of its SLURM array, else all)"
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code (2 for what the user can put right, said in one line)."""
-    actions = {"pack": _pack, "verify": _verify}
+    actions = {
+        "pack": _pack,
+        "pack-stories": story_commands.pack_stories,
+        "describe": story_commands.describe,
+        "verify": _verify,
+    }
     try:
         if argv and argv[0] in actions:
             return actions[argv[0]](argv[1:])
@@ -25,20 +38,24 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Paused:
+        print("data: paused; the same command continues it", file=sys.stderr)
+        return interrupts.PAUSED
 
 
 def _build(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(usage=_USAGE, description="Build the shards of set files.")
     parser.add_argument("-c", "--config", action="append", required=True, metavar="SET.yaml", help="a set file")
     parser.add_argument("--workers", type=int, help="processes that render (default: all cores)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to render (default: a GPU if there is one)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to render (default: all GPUs, if any)")
     parser.add_argument("--force", action="store_true", help="build again even if nothing changed")
+    parser.add_argument("--task", help=TASK_HELP, metavar="I/N")
     args = parser.parse_args(argv)
     from lit_gen.data.build import build
 
     for set_file in args.config:
-        folder = build(set_file, args.workers, args.force, args.device)
-        print(_summary(folder))
+        if folder := build(set_file, args.workers, args.force, args.device, Task.parse(args.task)):
+            print(_summary(folder))
     return 0
 
 
@@ -50,10 +67,17 @@ def _pack(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, help="folder of the new set, e.g. data/shards/mine")
     parser.add_argument("--captions", help="csv with columns file and caption, instead of .txt files")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.01, metavar="SHARE", help="of files that may be unreadable"
+    )
+    parser.add_argument("--workers", type=int, help="processes that read and check files (default: all cores)")
+    parser.add_argument("--task", help=TASK_HELP, metavar="I/N")
     args = parser.parse_args(argv)
     from lit_gen.data.pack import pack
 
-    print(_summary(pack(args.folder, args.out, args.captions, args.samples_per_shard)))
+    task = Task.parse(args.task)
+    if out := pack(args.folder, args.out, args.captions, args.samples_per_shard, args.tolerance, args.workers, task):
+        print(_summary(out))
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from pathlib import Path
 
 import av
 import numpy as np
@@ -16,35 +18,58 @@ from lit_gen.data.shards import BadSample
 IMAGE = ("png", "jpg", "jpeg", "webp")
 VIDEO = ("mp4", "webm", "mov", "mkv", "avi")
 
+# A file's content decides what reads it, not its name. These readers only compute; others of the same libraries start
+# programs (Ghostscript for EPS), or open the files and addresses that a playlist names.
+_PICTURES = ("PNG", "JPEG", "WEBP")
+_CLIPS = {"format_whitelist": "mov,matroska,avi", "protocol_whitelist": "none"}
+
 # PyAV 17 began to convert each frame with a thread per core, which takes longer than the work for small pictures.
 _ALONE = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 
 
+def open_picture(source: bytes | Path) -> Image.Image:
+    """A picture in one of the formats of IMAGE, not decoded yet."""
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_PICTURES)
+
+
 def read_image(data: bytes) -> Image.Image:
-    """An RGB picture, upright."""
-    Image.open(io.BytesIO(data)).verify()  # finds flipped bytes that decode to wrong pixels
-    picture = Image.open(io.BytesIO(data))
+    """An RGB picture of 8 bits, upright."""
+    open_picture(data).verify()  # finds flipped bytes that decode to wrong pixels
+    picture = open_picture(data)
+    if picture.mode.startswith("I"):  # grey of 16 bits, which `convert` would clip to white
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     return (picture if picture.format == "PNG" else ImageOps.exif_transpose(picture)).convert("RGB")
 
 
 def read_video(data: bytes) -> np.ndarray:
     """Every frame of a video: F H W 3, uint8."""
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), options=_CLIPS) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1  # starting threads costs more than a short clip takes
         to_rgb = VideoReformatter()
-        frames = [to_rgb.reformat(frame, format="rgb24", **_ALONE).to_ndarray() for frame in container.decode(stream)]
+        frames = []
+        for frame in container.decode(stream):
+            if frame.is_corrupt:  # what is missing was made up by the decoder
+                raise ValueError(f"frame {len(frames)} is damaged")
+            frames.append(to_rgb.reformat(frame, format="rgb24", **_ALONE).to_ndarray())
     if not frames:
         raise ValueError("the video has no frames")
     return np.stack(frames)
 
 
+def read_text(data: bytes) -> str:
+    """A caption."""
+    if b"\0" in data:  # blocks of zeros are what a crashed machine leaves of a file
+        raise ValueError("it holds zero bytes")
+    return data.decode("utf-8").strip()
+
+
 DECODERS = {
     **dict.fromkeys(IMAGE, read_image),
     **dict.fromkeys(VIDEO, read_video),
-    "txt": lambda data: data.decode("utf-8").strip(),
+    "txt": read_text,
     "json": json.loads,
-    "npy": lambda data: np.load(io.BytesIO(data), allow_pickle=False),
+    "npy": lambda data: np.lib.format.read_array(io.BytesIO(data), allow_pickle=False),
     "safetensors": load_safetensors,
 }
 
@@ -57,7 +82,8 @@ def decode(extension: str, data: bytes):
         return DECODERS[extension](data)
     # Decoders of damaged bytes raise nearly anything: OSError, SyntaxError, ValueError, struct.error, av.error.…
     except Exception as error:
-        raise BadSample(f".{extension} of {len(data)} bytes: {type(error).__name__}: {error}") from error
+        said = re.sub(r" ?<_io\.\S+ object at \w+>", "", str(error))
+        raise BadSample(f".{extension} of {len(data)} bytes: {type(error).__name__}: {said}") from error
 
 
 def encode_image(rgb: np.ndarray) -> bytes:

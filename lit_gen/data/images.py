@@ -18,11 +18,13 @@ EXTENSIONS = {*IMAGE, "txt", "json"}
 
 @dataclass
 class ImageSample:
-    """A centre crop and its caption."""
+    """A centre crop and its caption; of a cached set what they were encoded to instead of the picture."""
 
     size: int | None = None  # pixels, height and width; None keeps pictures as they are
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        if "safetensors" in sample:
+            return encoded(sample) | said(sample)
         picture = member(sample, IMAGE)
         image = to_tensor(picture if self.size is None else centre_crop(picture, self.size))
         return {"image": image} | said(sample)
@@ -39,6 +41,11 @@ def member(sample: dict[str, Any], extensions: tuple[str, ...]) -> Any:
 def said(sample: dict[str, Any]) -> dict[str, Any]:
     """Name, caption and facts; facts are empty for data whose truth nobody wrote down."""
     return {"caption": member(sample, ("txt",)), "key": sample["key"], "facts": sample.get("json", {})}
+
+
+def encoded(sample: dict[str, Any]) -> dict[str, Tensor]:
+    """What a cached sample was encoded to, by name; nothing for others."""
+    return {name: torch.tensor(value) for name, value in sample.get("safetensors", {}).items()}
 
 
 def resize_short_side(picture: Image.Image, side: int) -> Image.Image:

@@ -29,6 +29,11 @@ class MixedLoader:
             self.step += 1
             yield batch
 
+    @property
+    def waited(self) -> float:
+        """Seconds spent waiting for batches."""
+        return self.first.waited + self.second.waited
+
     def takes_first(self, step: int) -> bool:
         """Whether this step is a batch of the first set."""
         return bool(np.random.default_rng((self.seed, step)).random() < self.probability)

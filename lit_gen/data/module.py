@@ -7,20 +7,26 @@ pattern or glob of tars. Pictures are float in [-1, 1].
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import lightning.pytorch as L
 
+from lit_gen import interrupts
 from lit_gen.data import images, videos
+from lit_gen.data.decode import IMAGE
 from lit_gen.data.images import ImageSample
 from lit_gen.data.loader import ShardLoader, Transform
 from lit_gen.data.mixed import MixedLoader
 from lit_gen.data.shards import ShardSet
+from lit_gen.data.split import Paused
 from lit_gen.data.styled import StyleSample
 from lit_gen.data.videos import VideoSample
 from lit_gen.errors import ShardError
 
+Precision = Literal["float16", "float32"]
+
 # What each verb reads, so that nothing else is built for it.
-_SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
 class Shards(L.LightningDataModule):
@@ -28,6 +34,7 @@ class Shards(L.LightningDataModule):
 
     kinds: tuple[str, ...] = ()  # of sets that have the samples
     extensions: set[str] = set()  # of members that are read
+    encoded: set[str] = set()  # of those that a cache stands for
 
     def __init__(
         self,
@@ -39,24 +46,49 @@ class Shards(L.LightningDataModule):
         workers: int,
         seed: int,
         tolerance: float,
+        cached: Precision | None = None,
+        cache_folder: str | None = None,
     ) -> None:
         super().__init__()
         self.sources = {"train": train, "val": val, "test": test}
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.workers, self.seed, self.tolerance = workers, seed, tolerance
+        self.cached, self.cache_folder = cached, cache_folder
+        self._cache: ShardSet | None = None
 
     def transform(self, shards: ShardSet, training: bool) -> Transform:
         """What a sample of these shards is made of."""
         raise NotImplementedError
 
+    def preprocessing(self) -> dict[str, Any]:
+        """Settings that change what a sample's encodings are; those of random choices do not."""
+        raise NotImplementedError
+
+    def whole(self, shards: ShardSet) -> Transform:
+        """What a sample is encoded from for the cache: all that training may see of it but random views."""
+        return self.transform(shards, training=False)
+
     def prepare_data(self) -> None:
         now = str(self.trainer.state.fn.value) if self.trainer and self.trainer.state.fn else ""
-        for split in _SPLITS_OF.get(now, self.sources):
+        for split in SPLITS_OF.get(now, self.sources):
             source = self.sources[split]
             if source and Path(source).suffix in (".yaml", ".yml"):
                 from lit_gen.data.build import build
 
-                build(source)
+                try:
+                    build(source)
+                except Paused:
+                    raise SystemExit(interrupts.PAUSED) from None
+
+    def setup(self, stage: str) -> None:
+        if self.cached and stage == "fit":  # now, while the encoders' weights are what they were loaded as
+            from lit_gen.data.encoded import find
+
+            self._cache = find(self, self.trainer.lightning_module, self.cached)
+
+    def cache_of(self, split: str) -> ShardSet | None:
+        """What the samples of a split are encoded to, where that is read instead of encoding."""
+        return self._cache if split == "train" else None
 
     def train_dataloader(self) -> ShardLoader:
         return self.loader("train", self.batch_size)
@@ -80,11 +112,15 @@ class Shards(L.LightningDataModule):
             raise ShardError(
                 f"{source} is a set of {shards.kind}; {type(self).__name__} reads {' or '.join(self.kinds)}"
             )
-        trainer = self.trainer
+        trainer, extensions = self.trainer, self.extensions
+        if (cache := self.cache_of(split)) is not None:
+            from lit_gen.data.encoded import EncodedSet
+
+            shards, extensions = EncodedSet.of(shards, cache), self.extensions - self.encoded
         return ShardLoader(
             shards,
             self.transform(shards, split == "train"),
-            self.extensions,
+            extensions,
             batch_size,
             shuffle=split == "train",
             seed=self.seed,
@@ -100,6 +136,7 @@ class Images(Shards):
 
     kinds = ("images", "style")
     extensions = images.EXTENSIONS
+    encoded = set(IMAGE)
 
     def __init__(
         self,
@@ -112,6 +149,8 @@ class Images(Shards):
         workers: int = 0,
         seed: int = 0,
         tolerance: float = 0.01,
+        cached: Precision | None = None,
+        cache_folder: str | None = None,
     ) -> None:
         """Images with captions.
 
@@ -125,12 +164,19 @@ class Images(Shards):
             workers: processes that decode; 0 decodes in the training process. Batches do not depend on it.
             seed: of the order of samples.
             tolerance: share of unreadable samples (replaced, counted and named) above which training stops.
+            cached: train from what `python -m lit_gen cache` stored in this precision, instead of encoding each step.
+            cache_folder: where caches are, by default beside the training set.
         """
-        super().__init__(train, val, test, batch_size, val_batch_size, workers, seed, tolerance)
+        super().__init__(
+            *(train, val, test, batch_size, val_batch_size, workers, seed, tolerance, cached, cache_folder)
+        )
         self.size = size
 
     def transform(self, shards: ShardSet, training: bool) -> ImageSample:
         return ImageSample(self.size)
+
+    def preprocessing(self) -> dict[str, Any]:
+        return {"size": self.size}
 
 
 class Videos(Shards):
@@ -152,6 +198,8 @@ class Videos(Shards):
         workers: int = 0,
         seed: int = 0,
         tolerance: float = 0.01,
+        cached: Precision | None = None,
+        cache_folder: str | None = None,
     ) -> None:
         """Videos with captions.
 
@@ -167,13 +215,23 @@ class Videos(Shards):
             workers: processes that decode; 0 decodes in the training process. Batches do not depend on it.
             seed: of the order of samples and of the places clips are taken from.
             tolerance: share of unreadable samples (replaced, counted and named) above which training stops.
+            cached: train from what `python -m lit_gen cache` stored in this precision, instead of encoding each step.
+            cache_folder: where caches are, by default beside the training set.
         """
-        super().__init__(train, val, test, batch_size, val_batch_size, workers, seed, tolerance)
+        super().__init__(
+            *(train, val, test, batch_size, val_batch_size, workers, seed, tolerance, cached, cache_folder)
+        )
         self.size, self.frames, self.stride = size, frames, stride
 
     def transform(self, shards: ShardSet, training: bool) -> VideoSample:
         stored = shards.description.get("frames")
         return VideoSample(self.size, self.frames, self.stride, random_start=training, stored=stored)
+
+    def preprocessing(self) -> dict[str, Any]:
+        return {"size": self.size}
+
+    def whole(self, shards: ShardSet) -> VideoSample:
+        return VideoSample(self.size, stored=shards.description.get("frames"))
 
 
 class StyledImages(Shards):
@@ -195,6 +253,8 @@ class StyledImages(Shards):
         workers: int = 0,
         seed: int = 0,
         tolerance: float = 0.01,
+        cached: Precision | None = None,
+        cache_folder: str | None = None,
     ) -> None:
         """Style references with the pictures they come from (StyleCrafter §4).
 
@@ -211,12 +271,19 @@ class StyledImages(Shards):
             workers: processes that decode; 0 decodes in the training process. Batches do not depend on it.
             seed: of the order of samples and of the random crops.
             tolerance: share of unreadable samples (replaced, counted and named) above which training stops.
+            cached: train from what `python -m lit_gen cache` stored in this precision, instead of encoding each step.
+            cache_folder: where caches are, by default beside the training set.
         """
-        super().__init__(train, val, test, batch_size, val_batch_size, workers, seed, tolerance)
+        super().__init__(
+            *(train, val, test, batch_size, val_batch_size, workers, seed, tolerance, cached, cache_folder)
+        )
         self.size, self.zoom, self.strip_style = size, zoom, strip_style
 
     def transform(self, shards: ShardSet, training: bool) -> StyleSample:
         return StyleSample(self.size, self.zoom, self.strip_style)
+
+    def preprocessing(self) -> dict[str, Any]:
+        return {"size": self.size, "strip_style": self.strip_style}
 
 
 class ImagesAndVideos(L.LightningDataModule):
@@ -242,6 +309,8 @@ class ImagesAndVideos(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self.images.trainer = self.videos.trainer = self.trainer
+        self.images.setup(stage)
+        self.videos.setup(stage)
 
     def train_dataloader(self) -> MixedLoader:
         loaders = self.images.train_dataloader(), self.videos.train_dataloader()

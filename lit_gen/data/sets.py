@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from lit_gen.world.grammar import LEVELS
 from lit_gen.world.recipes import RECIPES
 
 CHOICES = {
-    "kind": ("images", "videos", "style"),
+    "kind": ("images", "videos", "style", "stories"),
     "recipe": tuple(RECIPES),
     "split": ("train", "val", "test"),
     "level": LEVELS,
@@ -35,13 +36,13 @@ class SetFile:
 
     path: Path  # the file itself, not a key
     name: str  # folder of the shards below `shards/` beside the file; defaults to the file's name
-    kind: str  # images | videos | style (images with style parameters as ground truth)
+    kind: str  # images | videos | style (images with style parameters as ground truth) | stories (long videos)
     recipe: str  # which scenes, see lit_gen/world/recipes.py
     split: str  # train | val | test
     count: int  # samples
     seed: int = 0
     size: int = 64  # pixels, height and width
-    frames: int = 8  # of a video
+    frames: int = 8  # of a video, or of each event of a story
     captions: Captions = field(default_factory=Captions)
     samples_per_shard: int = 250
 
@@ -65,12 +66,14 @@ class SetFile:
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
             guess = f"; did you mean {path.parent / near[0]}?" if near else ""
             raise ShardError(f"set file {path} does not exist{guess}") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ShardError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict):
             raise ShardError(f"{path}: a set file is a mapping of keys, see data/README.md")
         captions = _checked(Captions, content.pop("captions", None) or {}, f"{path}: captions")
         content.setdefault("name", path.stem)
+        if not re.fullmatch(r"\w[\w.+-]*", str(content["name"])):  # building replaces the folder of this name
+            raise ShardError(f"{path}: name must be a plain name of a folder, not {content['name']!r}")
         content.pop("description", None)
         return _checked(SetFile, content, str(path), path=path, captions=captions)
 

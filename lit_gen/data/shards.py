@@ -1,37 +1,57 @@
 """Sets of tar shards: finding them, and reading any sample of them at random.
 
-A set is a folder of WebDataset tars with an `index.json` (format in data/README.md). Tars without an index (a brace
-pattern or a glob) are read too; they are then counted by reading their headers once.
+A set is a folder of WebDataset tars with an `index.json` (format in data/README.md), on this machine or on a server.
+Tars without an index (a brace pattern, a glob, a URL, `pipe:COMMAND`) are read too; their headers are then read once
+at the start, to count, for which those that are elsewhere are all fetched.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import glob
 import hashlib
 import json
 import logging
 import os
-import tarfile
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import numpy as np
 from braceexpand import braceexpand
+from tqdm import tqdm
 from webdataset import TarWriter
-from webdataset.tariterators import base_plus_ext
 
+from lit_gen.data.prefetch import Prefetcher
+from lit_gen.data.remote import (
+    STALL_SECONDS,
+    cache_folder,
+    cached,
+    check_scheme,
+    fetch,
+    fetch_index,
+    is_remote,
+)
+from lit_gen.data.tar import Table
 from lit_gen.errors import ShardError
 
 logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
 FORMAT = 1
+_AT_ONCE = 4  # shards fetched at the same time to be counted
 
 
 class BadSample(ValueError):
     """One sample cannot be read; the loader replaces, counts and names it."""
+
+    def __init__(self, reason: str, name: str = "") -> None:
+        super().__init__(reason)
+        self.name = name  # of the sample, "" where the one who reads knows it
 
 
 @dataclass(frozen=True)
@@ -42,44 +62,10 @@ class Shard:
     samples: int
     bytes: int = -1
     sha256: str = ""
+    origin: str = ""  # URL or pipe:COMMAND that `file` is fetched from, "" for a file of this machine
 
-
-@dataclass(frozen=True)
-class Table:
-    """Where the members of one tar lie, so that any of its n samples can be read without the ones before."""
-
-    keys: list[str]  # n
-    members: dict[str, np.ndarray]  # extension -> n x 2 int64 (offset, bytes); offset -1 where a sample lacks it
-    complete: bool  # False: the tar ends in the middle
-
-    @staticmethod
-    def scan(file: Path) -> Table:
-        """Read the headers of a tar; members of one sample share everything before the first dot of their name."""
-        keys: list[str] = []
-        rows: dict[str, int] = {}
-        places: dict[str, dict[int, tuple[int, int]]] = {}
-        complete = True
-        size = file.stat().st_size
-        try:
-            with tarfile.open(file, "r:") as tar:
-                for member in tar:
-                    key, extension = base_plus_ext(member.name)
-                    if key is None or not member.isreg():
-                        continue
-                    if member.offset_data + member.size > size:
-                        complete = False
-                        break
-                    column = places.setdefault(extension.lower(), {})
-                    if key not in rows or rows[key] in column:  # a repeated name is another sample: never mix the two
-                        rows[key] = len(keys)
-                        keys.append(key)
-                    column[rows[key]] = (member.offset_data, member.size)
-        except tarfile.TarError:
-            complete = False
-        members = {extension: np.full((len(keys), 2), -1, np.int64) for extension in places}
-        for extension, column in places.items():
-            members[extension][list(column)] = list(column.values())
-        return Table(keys, members, complete)
+    def __str__(self) -> str:
+        return self.origin or str(self.file)
 
 
 @dataclass
@@ -91,7 +77,8 @@ class ShardSet:
     fingerprint: str  # changes when any sample changes
     kind: str = ""  # "images" | "videos" | "style", "" where there is no index
     description: dict = field(default_factory=dict)  # the set file it was built from
-    _tables: dict[int, Table] = field(default_factory=dict, repr=False)
+    _tables: dict[int, tuple[Table, _State]] = field(default_factory=dict, repr=False)
+    _prefetcher: Prefetcher | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._ends = np.cumsum([shard.samples for shard in self.shards])
@@ -99,81 +86,178 @@ class ShardSet:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @property
+    def remote(self) -> bool:
+        """Whether its shards are fetched from elsewhere."""
+        return bool(self.shards[0].origin)
+
     @classmethod
     def open(cls, source: str | Path) -> ShardSet:
-        """Open a set file (`data/x.yaml`, already built), a folder with an index, one tar, a brace pattern or a glob.
+        """Open a set file (`data/x.yaml`, already built), a folder with an index, tars by path, brace pattern or glob,
+        or any of these but the glob on a server (http, https); `pipe:COMMAND` reads the tar that a command prints.
 
         Raises ShardError naming what is missing or empty.
         """
+        if is_remote(str(source)):
+            return cls._from_remote(str(source))
         path = Path(source)
         if path.suffix in (".yaml", ".yml"):
             from lit_gen.data.sets import SetFile
 
-            return cls._from_index(SetFile.read(path).folder, source)
+            return cls._from_folder(SetFile.read(path).folder, source)
         if path.is_dir():
-            return cls._from_index(path, source)
+            return cls._from_folder(path, source)
         return cls._from_files(str(source))
 
     @classmethod
-    def _from_index(cls, folder: Path, source: str | Path) -> ShardSet:
+    def _from_folder(cls, folder: Path, source: str | Path) -> ShardSet:
         try:
             index = json.loads((folder / INDEX).read_text())
         except FileNotFoundError:
             if Path(source) != folder:
                 raise ShardError(f"{source} is not built; run python -m lit_gen data -c {source}") from None
             raise ShardError(f"{folder} has no {INDEX}; name its tars themselves with '{folder}/*.tar'") from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ShardError(f"{folder / INDEX} is not valid JSON ({error}); build or pack the set again") from None
-        if index.get("format") != FORMAT:
-            raise ShardError(f"{folder / INDEX} has format {index.get('format')}, this version reads format {FORMAT}")
-        shards = [Shard(folder / s["file"], s["samples"], s["bytes"], s["sha256"]) for s in index["shards"]]
-        return cls(str(source), _present(shards, source), index["fingerprint"], index["kind"], index["description"])
+        shards = [replace(shard, file=folder / shard.file) for shard in _shards_of(index, folder / INDEX)]
+        return cls._indexed(str(source), _present(shards, source), index)
+
+    @classmethod
+    def _from_remote(cls, source: str) -> ShardSet:
+        origins = _expanded(source)
+        for origin in origins:
+            check_scheme(origin)
+        if not source.startswith("pipe:") and not urlsplit(origins[0]).path.endswith(".tar"):
+            if len(origins) > 1:
+                raise ShardError(f"{source}: the files of a brace pattern must be tars")
+            return cls._from_server(source)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            files = [cached(origin) for origin in origins]
+            jobs = [pool.submit(fetch, *pair) for pair in zip(origins, files, strict=True)]
+            for job in tqdm(jobs, desc=f"fetching {source}", unit=" shards", disable=None):
+                try:
+                    job.result()
+                except ShardError:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+        return cls._counted(source, [Shard(f, 0, origin=o) for f, o in zip(files, origins, strict=True)])
+
+    @classmethod
+    def _from_server(cls, source: str) -> ShardSet:
+        index = fetch_index(source)
+        listed = _shards_of(index, source)
+        content = "\n".join(f"{s.file} {s.bytes} {s.sha256}" for s in listed)
+        if not all(s.sha256 for s in listed):  # nothing else tells it from another set of these names
+            content = f"{source}\n{content}"
+        where = cache_folder() / hashlib.sha256(content.encode()).hexdigest()[:16]
+        parts = urlsplit(source)
+        folder = parts.path.removesuffix(f"/{INDEX}").rstrip("/")
+        origins = [urlunsplit(parts._replace(path=f"{folder}/{quote(s.file.name)}")) for s in listed]
+        shards = [replace(s, file=where / s.file, origin=o) for s, o in zip(listed, origins, strict=True)]
+        return cls._indexed(source, shards, index)
+
+    @classmethod
+    def _indexed(cls, source: str, shards: list[Shard], index: dict) -> ShardSet:
+        return cls(source, _filled(shards, source), index["fingerprint"], index["kind"], index["description"])
 
     @classmethod
     def _from_files(cls, source: str) -> ShardSet:
-        if "://" in source or source.startswith("pipe:"):
-            raise ShardError(f"{source}: shards must be local files; copy them to this machine first")
-        files = [Path(f) for pattern in braceexpand(source) for f in sorted(glob.glob(pattern)) or [pattern]]
+        files = [Path(f) for pattern in _expanded(source) for f in sorted(glob.glob(pattern)) or [pattern]]
         if any(glob.has_magic(str(f)) and not f.exists() for f in files):
             raise ShardError(f"{source}: no shard matches")
         missing = [f for f in files if not f.is_file()]
         if missing:
             raise ShardError(_not_found(missing[0]))
-        tables = [Table.scan(f) for f in files]
-        for file in (f for f, t in zip(files, tables, strict=True) if not t.complete):
-            logger.warning("data: %s is truncated; only its whole samples are used", file)
-        shards = [Shard(f, len(t.keys), f.stat().st_size) for f, t in zip(files, tables, strict=True)]
+        return cls._counted(source, [Shard(file, 0) for file in files])
+
+    @classmethod
+    def _counted(cls, source: str, shards: list[Shard]) -> ShardSet:
+        """A set without an index, its samples counted by the headers of its tars."""
+        found = []
+        for shard in shards:
+            table, state = _scanned(shard.file)
+            if table.problem:
+                logger.warning("data: %s: %s; only its whole samples are used", shard, table.problem)
+            found.append((replace(shard, samples=len(table.keys), bytes=state.size), table, state))
+        _filled([shard for shard, _, _ in found], source)
+        found = [(shard, table, state) for shard, table, state in found if shard.samples]
+        shards = [shard for shard, _, _ in found]
         shape = [(s.file.name, s.samples, s.bytes) for s in shards]
         fingerprint = hashlib.sha256(json.dumps(shape).encode()).hexdigest()
-        return cls(source, _present(shards, source), fingerprint, _tables=dict(enumerate(tables)))
+        tables = {i: (table, state) for i, (_, table, state) in enumerate(found)}
+        return cls(source, shards, fingerprint, _tables=tables)
 
-    def read(self, index: int, extensions: set[str]) -> tuple[str, dict[str, bytes]]:
+    def place(self, index: int) -> tuple[int, int]:
+        """(number of the shard, row in it) of sample `index`."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, index - int(self._ends[number] - self.shards[number].samples)
+
+    def read(
+        self,
+        index: int,
+        extensions: set[str],
+        progress: Callable[[], None] = lambda: None,
+        stall_seconds: float = STALL_SECONDS,
+    ) -> tuple[str, dict[str, bytes]]:
         """Name and wanted members of sample `index`, e.g. ("000000.tar/000017", {"png": …, "txt": …}).
 
-        Raises BadSample when the shard ends before it or cannot be read.
+        Its shard is fetched where it is not here; `progress` and `stall_seconds` as in `remote.fetch`. Raises BadSample
+        when the shard ends before the sample or cannot be read, ShardError when there is no shard.
         """
-        number = int(np.searchsorted(self._ends, index, side="right"))
+        number, row = self.place(index)
         shard = self.shards[number]
-        row = index - int(self._ends[number] - shard.samples)
-        table = self._tables.get(number)
-        if table is None:
-            if not shard.file.is_file():
-                raise ShardError(f"shard {shard.file} has disappeared")
-            table = self._tables[number] = Table.scan(shard.file)
+        if number not in self._tables:
+            self.fetch(number, progress, stall_seconds)
+            self._tables[number] = _scanned(shard.file, progress)
+        table, state = self._tables[number]
         if row >= len(table.keys):
-            raise BadSample(f"{shard.file.name} holds {len(table.keys)} of {shard.samples} samples: it is truncated")
+            reason = table.problem or "it is not the one that was indexed"
+            raise BadSample(f"{shard.file.name} holds {len(table.keys)} of {shard.samples} samples: {reason}")
+        name = f"{shard.file.name}/{table.keys[row]}"
+        if lost := table.lost(row, extensions):
+            raise BadSample(f"it has lost its {', '.join(lost)}: {table.problem}", name)
         wanted = [(e, *table.members[e][row].tolist()) for e in table.members if e in extensions]
-        with shard.file.open("rb") as file:
-            found = {e: _read_at(file, offset, size) for e, offset, size in wanted if offset >= 0}
-        return f"{shard.file.name}/{table.keys[row]}", found
+        try:
+            with shard.file.open("rb") as file:
+                if _State.of(file.fileno()) != state:
+                    self._tables[number] = _scanned(shard.file, progress)
+                    if self._tables[number][0] != table:
+                        raise ShardError(f"shard {shard.file} was replaced by another during the run; start again")
+                found = {e: _read_at(file, offset, size) for e, offset, size in wanted if offset >= 0}
+        except FileNotFoundError:
+            if not shard.origin:
+                raise ShardError(f"shard {shard.file} has disappeared") from None
+            del self._tables[number]
+            return self.read(index, extensions, progress, stall_seconds)
+        except OSError as error:
+            raise BadSample(error.strerror or str(error), name) from None
+        return name, found
+
+    def fetch(
+        self, number: int, progress: Callable[[], None] = lambda: None, stall_seconds: float = STALL_SECONDS
+    ) -> None:
+        """Have a shard on this machine."""
+        shard = self.shards[number]
+        if shard.origin:
+            fetch(shard.origin, shard.file, shard.bytes, shard.sha256, stall_seconds, progress)
+        elif not shard.file.is_file():
+            raise ShardError(f"shard {shard.file} has disappeared")
+
+    def prefetch(self, numbers: list[int]) -> None:
+        """Fetch shards in the background, in this order; earlier wishes are forgotten."""
+        self._prefetcher = self._prefetcher or Prefetcher(self.fetch)
+        self._prefetcher.want(numbers)
 
     def verify(self) -> list[str]:
         """One line per shard whose size or checksum is not the index's; empty when the set is intact."""
         problems = []
-        for shard in self.shards:
-            if not shard.file.is_file():
-                problems.append(f"{shard.file} is missing")
-            elif shard.sha256 and checksum(shard.file) != shard.sha256:
+        for number, shard in enumerate(self.shards):
+            try:
+                self.fetch(number)
+            except ShardError as error:
+                problems.append(str(error) if shard.origin else f"{shard.file} is missing")
+                continue
+            if shard.sha256 and checksum(shard.file) != shard.sha256:
                 problems.append(f"{shard.file} does not match its checksum")
         return problems
 
@@ -208,7 +292,7 @@ def write_index(folder: Path, kind: str, shards: list[Shard], description: dict,
         "fingerprint": fingerprint,
         "source": source,
         "description": description,
-        "shards": [asdict(s) | {"file": s.file.name} for s in shards],
+        "shards": [{"file": s.file.name, "samples": s.samples, "bytes": s.bytes, "sha256": s.sha256} for s in shards],
     }
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
     return fingerprint
@@ -223,19 +307,88 @@ def checksum(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_at(file, offset: int, size: int) -> bytes:
+def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
     file.seek(offset)
-    return file.read(size)
+    data = file.read(size)
+    if len(data) < size:
+        raise BadSample(f"it ends after {len(data)} of {size} bytes")
+    return data
+
+
+class _State(NamedTuple):
+    """What changes when a file is written to or replaced."""
+
+    size: int
+    modified: float
+    number: int
+
+    @staticmethod
+    def of(file: Path | int) -> _State:
+        found = os.stat(file)
+        return _State(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def _expanded(source: str) -> list[str]:
+    try:
+        return list(braceexpand(source))
+    except ValueError as error:
+        raise ShardError(f"{source} is not a brace pattern: {error}") from None
+
+
+def _scanned(file: Path, progress: Callable[[], None] = lambda: None) -> tuple[Table, _State]:
+    state = _State.of(file)  # before: a change during the scan will then be noticed
+    return Table.scan(file, progress), state
+
+
+def _shards_of(index: Any, where: str | Path) -> list[Shard]:
+    """The shards that an index names, relative to its folder; ShardError where it is not an index."""
+    try:
+        if index["format"] != FORMAT:
+            raise ShardError(f"{where} has format {index['format']}, this version reads format {FORMAT}")
+        for key, wanted in (("fingerprint", str), ("kind", str), ("description", dict)):
+            if not isinstance(index[key], wanted):
+                raise TypeError
+        shards = [Shard(Path(s["file"]), int(s["samples"]), int(s["bytes"]), str(s["sha256"])) for s in index["shards"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ShardError(f"{where} lacks what an index holds ({error!r}); see data/README.md") from None
+    for shard in shards:  # an index from elsewhere must not lead out of its folder
+        if shard.file.name != str(shard.file) or shard.file.name in ("..", INDEX):
+            raise ShardError(f"{where} names {shard.file}; a shard is a file beside its index")
+    return shards
 
 
 def _present(shards: list[Shard], source: str | Path) -> list[Shard]:
     missing = [s.file for s in shards if not s.file.is_file()]
     if missing:
         raise ShardError(f"{source}: shard {missing[0]} is missing ({len(missing)} of {len(shards)} are)")
-    empty = [s.file for s in shards if s.samples == 0]
-    if empty or not shards:
-        raise ShardError(f"{source}: {f'shard {empty[0]} holds no samples' if empty else 'the set has no shards'}")
+    for shard in shards:
+        if 0 <= shard.bytes != (size := shard.file.stat().st_size):
+            told = f"{shard} has {size} bytes, not the {shard.bytes} of its index"
+            if size > shard.bytes or not Table.scan(shard.file).cut:  # captions may stand beside other pictures
+                raise ShardError(f"{told}; copy it again, or build or pack the set again")
+            logger.warning("data: %s: it is truncated; only its whole samples are used", told)
     return shards
+
+
+def _filled(shards: list[Shard], source: str) -> list[Shard]:
+    """Those with samples; ShardError when no shard has any."""
+    empty = [s for s in shards if s.samples <= 0]
+    if len(empty) == len(shards):
+        raise ShardError(f"{source}: {_no_samples(empty[0]) if empty else 'the set has no shards'}")
+    for shard in empty:
+        logger.warning("data: %s: %s, it is left out", source, _no_samples(shard))
+    return [s for s in shards if s.samples > 0]
+
+
+def _no_samples(shard: Shard) -> str:
+    text = f"shard {shard} holds no samples"
+    with contextlib.suppress(OSError), shard.file.open("rb") as file:
+        start = file.read(40)
+        if start.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")):
+            return f"{text}: it is compressed, which does not allow reading at random places; unpack it"
+        if start and b"\0" not in start:
+            return f"{text}: it is no tar but begins with {start!r}"
+    return text
 
 
 def _not_found(path: Path) -> str:

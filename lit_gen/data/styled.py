@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lit_gen.data.decode import IMAGE
-from lit_gen.data.images import centre_crop, member, resize_short_side, said, to_tensor
+from lit_gen.data.images import centre_crop, encoded, member, resize_short_side, said, to_tensor
 from lit_gen.world import grammar
 
 # What StyleCrafter removes from captions so that they do not tell the style: a leading "<words> MEDIUM of", any
@@ -29,7 +29,7 @@ _LEADING_DASH = re.compile(rf"^{_MEDIUM} - ", re.IGNORECASE)
 
 @dataclass
 class StyleSample:
-    """Target: centre crop. Reference: random crop of the picture enlarged by `zoom`."""
+    """Target: centre crop, or of a cached set its encodings. Reference: random crop of the picture, `zoom` as large."""
 
     size: int = 64  # pixels of target and reference, height and width
     zoom: float = 800 / 512  # short side of the picture the reference is cropped from, in units of `size`; 1: no crop
@@ -44,7 +44,8 @@ class StyleSample:
             reference = enlarged.crop((left, top, left + self.size, top + self.size))
         else:
             reference = centre_crop(picture, self.size)
-        batch = {"image": to_tensor(centre_crop(picture, self.size)), "style": to_tensor(reference)} | said(sample)
+        target = encoded(sample) or {"image": to_tensor(centre_crop(picture, self.size))}
+        batch = target | {"style": to_tensor(reference)} | said(sample)
         if self.strip_style:
             batch["caption"] = strip_style(batch["caption"])
         if "style_parameters" in batch["facts"]:  # a picture of the world

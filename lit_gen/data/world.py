@@ -6,6 +6,7 @@ function of (seed, epoch). Every rank renders its own share of the pool.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_gen.data.captions import write_captions
+from lit_gen.errors import UserError
+from lit_gen.interrupts import die_with_parent
 from lit_gen.world import render
 from lit_gen.world.motion import animate
 from lit_gen.world.sampling import sample
@@ -27,39 +30,70 @@ _CHUNK = 2048  # scenes rendered, encoded or captioned at a time
 
 
 class Draws:
-    """Positions in a pool, batch by batch: an epoch is a permutation that depends on (seed, epoch) alone.
+    """This rank's rows of a pool that is dealt out like cards: number i is row i // world of rank i % world.
+
+    Batches are {"rows": B, "draws": B} with a random number (int64 below 2**31) for each row. Sample number c of the
+    endless stream is a function of (seed, c) alone, and a global batch takes the next `batch_size * world` numbers: a
+    run continues exactly, and on another number of ranks too, as long as that divides the columns described below.
 
     Args:
-        count: positions to draw from.
-        batch_size: positions in a batch; an incomplete last batch is dropped where `shuffle` is on.
-        seed: of the permutations.
-        shuffle: False gives the positions in order, the last batch short.
+        count: size of the pool, over all ranks.
+        batch_size: rows in a batch of one rank.
+        seed: of the order and of the random numbers.
+        shuffle: False gives this rank's rows in order, once, the last batch short.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, shuffle: bool = True) -> None:
-        self.count, self.batch_size, self.seed, self.shuffle = count, batch_size, seed, shuffle
-        self.epoch = self.batches = 0
+    waited = 0.0  # seconds spent waiting for data: none, since what is drawn is on the device already
+
+    def __init__(
+        self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, shuffle: bool = True
+    ) -> None:
+        self.batch_size, self.seed, self.rank, self.world, self.shuffle = batch_size, seed, rank, world, shuffle
+        # Each epoch shuffles the columns of a table of the pool, and then reads it row by row: so any `world` numbers
+        # in a row belong to as many ranks, and each rank has the same share of every batch.
+        self.columns = math.lcm(1 << max(min(count // 4, 64), 1).bit_length() - 1, world)
+        self.total = count // self.columns * self.columns
+        self.own = count // world
+        self.clock = 0  # samples seen by all ranks together
+        if shuffle and self.total < batch_size * world:
+            raise UserError(f"a pool of {count} scenes gives no batch of {batch_size} to each of {world} processes")
 
     def __len__(self) -> int:
-        return self.count // self.batch_size if self.shuffle else -(-self.count // self.batch_size)
+        return self.total // (self.batch_size * self.world) if self.shuffle else -(-self.own // self.batch_size)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        if self.batches >= len(self):
-            self.epoch, self.batches = self.epoch + self.shuffle, 0
-        order = torch.arange(self.count)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.count, generator=generator)
-        while self.batches < len(self):
-            start = self.batches * self.batch_size
-            self.batches += 1
-            yield order[start : start + self.batch_size]
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if not self.shuffle:
+            draws = self._epoch(0)[1]
+            for rows in torch.arange(self.own).split(self.batch_size):
+                yield {"rows": rows, "draws": draws[rows % self.total]}
+            return
+        together = self.batch_size * self.world
+        for _ in range(len(self) - self.clock // together % len(self)):
+            epoch, position = divmod(self.clock, self.total)
+            self.clock += together
+            parts = [tuple(column[position : position + together] for column in self._epoch(epoch))]
+            if short := together - len(parts[0][0]):
+                parts.append(tuple(column[:short] for column in self._epoch(epoch + 1)))
+            index, draws = (torch.cat(column) for column in zip(*parts, strict=True))
+            own = index % self.world == self.rank
+            yield {"rows": index[own] // self.world, "draws": draws[own]}
+
+    def _epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """The order of an epoch and the random numbers that go with it."""
+        if getattr(self, "_cached", (None,))[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            table = torch.rand(self.total // self.columns, self.columns, generator=generator).argsort(0)
+            order = (table * self.columns + torch.arange(self.columns)).flatten()
+            self._cached = epoch, order, torch.randint(2**31, (self.total,), generator=generator)
+        return self._cached[1:]
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "batches": self.batches}
+        return {"samples": self.clock, "total": self.total, "columns": self.columns}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.batches = state["epoch"], state["batches"]
+        self.clock = state["samples"]
+        if (state["total"], state["columns"]) != (self.total, self.columns):  # another order: its next epoch
+            self.clock = (self.clock // state["total"] + 1) * self.total
 
 
 @dataclass
@@ -88,7 +122,7 @@ class RenderedWorld(L.LightningDataModule):
         autoencoder: folder of an autoencoder; training batches then hold "latent", scaled as a diffusion model sees it.
         twins: whether batches also hold "twin_tokens" (B L), the same captions wrong in one fact.
         masks: whether batches hold the instance mask "instance" (B H W, 0 the background).
-        workers: processes that write captions.
+        workers: processes that write captions; 0 writes them in the training process.
     """
 
     def __init__(
@@ -126,41 +160,47 @@ class RenderedWorld(L.LightningDataModule):
             self.val_pool = self._fill("val", self.val_pool_size, trainer.global_rank, trainer.world_size, device)
 
     def train_dataloader(self) -> Draws:
-        return Draws(len(self.train_pool.scenes), self.batch_size, self.seed)
+        return self._draws(self.pool_size, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> Draws:
-        return Draws(len(self.val_pool.scenes), self.val_batch_size, self.seed, shuffle=False)
+        return self._draws(self.val_pool_size, self.val_batch_size, shuffle=False)
 
-    def transfer_batch_to_device(self, batch: Tensor, device: torch.device, dataloader_idx: int) -> dict[str, Any]:
+    def _draws(self, count: int, batch_size: int, shuffle: bool) -> Draws:
+        return Draws(count, batch_size, self.seed, self.trainer.global_rank, self.trainer.world_size, shuffle)
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
         """Turn positions into what stands there."""
         pool = self.train_pool if self.trainer.training else self.val_pool
-        rows = batch.to(device, non_blocking=True)
+        rows = batch["rows"].to(device, non_blocking=True)
         found: dict[str, Any] = {name: tensor[rows] for name, tensor in pool.tensors.items()}
         for name in ("image", "video"):
             if name in found:
                 found[name] = found[name].float() / 127.5 - 1
         if "tokens" in found:  # a scene has several captions; which one a visit sees changes with the epoch
-            pick = torch.randint(found["tokens"].shape[1], (len(rows),), device=device)
+            pick = batch["draws"].to(device, non_blocking=True) % found["tokens"].shape[1]
             for name in {"tokens", "twin_tokens"} & found.keys():
                 found[name] = found[name][torch.arange(len(rows), device=device), pick].long()
         if pool.captions and not self.trainer.training:
-            found["caption"] = [pool.captions[i][0] for i in batch.tolist()]
+            found["caption"] = [pool.captions[i][0] for i in batch["rows"].tolist()]
         return {**found, "scenes": pool.scenes[rows]}
 
     def _fill(self, split: str, size: int, rank: int, world: int, device: torch.device) -> Pool:
-        share = size // world
-        index = torch.arange(rank * share, (rank + 1) * share)
-        jobs = self._jobs(index)
+        jobs = self._jobs(size, rank, world)
         train = split == "train"
         keep_images = not (train and self.autoencoder)
         encoder = _load_autoencoder(self.autoencoder, device) if self.autoencoder else None
         columns: dict[str, list[Tensor]] = {}
         scenes: list[Scenes] = []
         # captions are written by other processes while this one renders
-        with ProcessPoolExecutor(max(self.workers, 1), multiprocessing.get_context("spawn")) as processes:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(max(self.workers, 1), context, initializer=die_with_parent) as processes:
             rest = (split, self.seed, self.caption_count, self.tokenizer, self.twins)
-            written = [processes.submit(write_captions, *job, *rest) for job in jobs if self.caption_count]
-            progress = tqdm(total=len(index), desc=f"rendering {split} scenes", unit=" scenes", disable=rank > 0)
+            written = []
+            if self.caption_count and self.workers:
+                written = [processes.submit(write_captions, *job, *rest) for job in jobs]
+            progress = tqdm(total=size // world, desc=f"rendering {split} scenes", unit=" scenes", disable=rank > 0)
             for recipe, chunk in jobs:
                 part, pictures = self._render(recipe, split, chunk.to(device), encoder, keep_images)
                 scenes.append(part)
@@ -169,6 +209,8 @@ class RenderedWorld(L.LightningDataModule):
                 progress.update(len(chunk))
             progress.close()
             results = [job.result() for job in written]
+        if self.caption_count and not self.workers:
+            results = [write_captions(*job, *rest) for job in jobs]
         pool = Pool(Scenes.cat(scenes), {name: torch.cat(parts) for name, parts in columns.items()})
         for name in results[0][1] if results else ():
             pool.tensors[name] = torch.cat([tokens[name] for _, tokens in results]).to(device)
@@ -176,12 +218,13 @@ class RenderedWorld(L.LightningDataModule):
             pool.captions = [texts for chunk, _ in results for texts in chunk]
         return pool
 
-    def _jobs(self, index: Tensor) -> list[tuple[str, Tensor]]:
-        """Chunks of one recipe each; the recipes share the range of indices in proportion."""
-        total = sum(self.recipes.values())
-        counts = [int(len(index) * share / total) for share in self.recipes.values()]
-        counts[0] += len(index) - sum(counts)
-        parts = zip(self.recipes, index.split(counts), strict=True)
+    def _jobs(self, size: int, rank: int, world: int) -> list[tuple[str, Tensor]]:
+        """Chunks of one recipe each of this rank's share; the recipes divide the pool's range of indices among them."""
+        total, size = sum(self.recipes.values()), size // world * world
+        counts = [int(size * share / total) for share in self.recipes.values()]
+        counts[0] += size - sum(counts)
+        ranges = zip(self.recipes, torch.arange(size).split(counts), strict=True)
+        parts = [(recipe, index[index % world == rank]) for recipe, index in ranges]
         size = max(_CHUNK // self.frames, 1)
         return [(recipe, chunk) for recipe, part in parts for chunk in part.split(size) if len(chunk)]
 
@@ -217,7 +260,7 @@ def _at_some_time(scenes: Scenes) -> Scenes:
     Early ones, so that a single frame tells moves left from moves right and grows from shrinks: the words of motion get
     a meaning for the text encoder and the spatial layers, which are frozen when motion is learned.
     """
-    moment = torch.arange(len(scenes), device=scenes.index.device) % 8
+    moment = scenes.index % 8
     parts = [animate(scenes[moment == i], torch.tensor([(i / 7) ** 2])) for i in range(8)]
     order = torch.cat([(moment == i).nonzero()[:, 0] for i in range(8)])
     return Scenes.cat(parts)[order.argsort()]
@@ -226,4 +269,4 @@ def _at_some_time(scenes: Scenes) -> Scenes:
 def _load_autoencoder(folder: str, device: torch.device) -> Any:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL.from_pretrained(folder).to(device).eval()
+    return AutoencoderKL.from_pretrained(folder, use_safetensors=True).to(device).eval()

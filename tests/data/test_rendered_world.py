@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from lit_gen.data.captions import write_captions
@@ -9,38 +10,53 @@ from lit_gen.data.world import Draws, RenderedWorld, _at_some_time
 from lit_gen.world.sampling import sample
 
 
+def stream(loader: Draws, batches: int) -> list[tuple[int, int]]:
+    """Numbers in the pool of the next batches, with the random number of each."""
+    found = []
+    while len(found) < batches * loader.batch_size:
+        for batch in loader:
+            index = batch["rows"] * loader.world + loader.rank
+            found += zip(index.tolist(), batch["draws"].tolist(), strict=True)
+            if len(found) == batches * loader.batch_size:
+                break
+    return found
+
+
 def test_draws_are_permutations_and_resume_anywhere() -> None:
-    straight = Draws(10, 3, seed=5)
-    epochs = [torch.cat(list(straight)) for _ in range(3)]
-    assert all(len(set(e.tolist())) == 9 for e in epochs)
-    assert not torch.equal(epochs[0], epochs[1])
-    for stop in range(1, 6):
-        first = Draws(10, 3, seed=5)
-        seen = []
-        while len(seen) < stop:
-            for batch in first:
-                seen.append(batch)
-                if len(seen) == stop:
-                    break
-        second = Draws(10, 3, seed=5)
+    straight = stream(Draws(40, 3, seed=5), 30)
+    assert sorted(index for index, _ in straight[:40]) == sorted(index for index, _ in straight[40:80]) == [*range(40)]
+    assert straight[:40] != straight[40:80] and [i for i, _ in straight[:40]] != [*range(40)]
+    for stop in (1, 5, 12, 13, 14, 29):
+        first, second = Draws(40, 3, seed=5), Draws(40, 3, seed=5)
+        seen = stream(first, stop)
         second.load_state_dict(first.state_dict())
-        while len(seen) < 9:
-            seen.extend(second)
-        assert torch.equal(torch.cat(seen[:9]), torch.cat(epochs))
+        assert seen + stream(second, 30 - stop) == straight
+
+
+@pytest.mark.parametrize("worlds", [(1, 2), (2, 1), (4, 2), (1, 4)])
+def test_another_number_of_ranks_continues_the_same_stream(worlds: tuple[int, int]) -> None:
+    straight = stream(Draws(64, 1, seed=1), 192)
+    before, after = ([Draws(64, 2, seed=1, rank=r, world=w) for r in range(w)] for w in worlds)
+    seen = [sample for loader in before for sample in stream(loader, 7)]
+    for loader in after:
+        loader.load_state_dict(before[0].state_dict())
+    seen += [sample for loader in after for sample in stream(loader, (192 - len(seen)) // (2 * worlds[1]))]
+    assert len(set(seen)) > 150 and sorted(seen) == sorted(straight[: len(seen)])
 
 
 def test_validation_draws_everything_in_order() -> None:
-    draws = Draws(10, 4, seed=0, shuffle=False)
-    assert [len(b) for b in draws] == [4, 4, 2]
-    assert torch.equal(torch.cat(list(draws)), torch.arange(10))
+    batches = list(Draws(10, 4, seed=0, shuffle=False))
+    assert [len(b["rows"]) for b in batches] == [4, 4, 2]
+    assert torch.cat([b["rows"] for b in batches]).tolist() == [*range(10)]
 
 
 def test_ranks_render_disjoint_shares_of_one_pool() -> None:
-    module = RenderedWorld(recipes={"base": 0.5, "motion": 0.5}, captions=1, masks=True, workers=1, seed=3)
+    module = RenderedWorld(recipes={"base": 0.5, "motion": 0.5}, captions=1, masks=True, workers=0, seed=3)
     device = torch.device("cpu")
     whole = module._fill("train", 8, 0, 1, device)
     halves = [module._fill("train", 8, rank, 2, device) for rank in (0, 1)]
-    assert set(whole.scenes.index.tolist()) == set(torch.cat([h.scenes.index for h in halves]).tolist())
+    assert [h.scenes.index.tolist() for h in halves] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert torch.equal(torch.stack([h.tensors["image"] for h in halves], 1).flatten(0, 1), whole.tensors["image"])
     assert whole.tensors["image"].shape == (8, 3, 64, 64) and whole.tensors["instance"].shape == (8, 64, 64)
     again = module._fill("train", 8, 0, 1, device)
     assert torch.equal(whole.tensors["image"], again.tensors["image"])

@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import pickle
@@ -9,7 +10,8 @@ from shard_sets import image_set
 
 from lit_gen.data.decode import decode
 from lit_gen.data.sets import SetFile
-from lit_gen.data.shards import BadSample, ShardSet, Table, write_tar
+from lit_gen.data.shards import BadSample, ShardSet, write_tar
+from lit_gen.data.tar import Table
 from lit_gen.errors import ShardError
 
 EVERYTHING = {"png", "txt", "json"}
@@ -60,9 +62,21 @@ def test_missing_things_are_named_in_one_line(folder, tmp_path):
     assert f"shard {folder}/000002.tar is missing (1 of 4 are)" in error_of(folder)
 
 
-def test_an_empty_shard_is_named(folder):
+def test_an_empty_shard_is_named_and_left_out(folder, caplog):
     write_tar(folder / "000004.tar", [])
-    assert "000004.tar holds no samples" in error_of(f"{folder}/*.tar")
+    (folder / "000005.tar").touch()
+    shards = ShardSet.open(f"{folder}/*.tar")
+    assert len(shards) == 22 and len(shards.shards) == 4
+    assert f"shard {folder}/000004.tar holds no samples, it is left out" in caplog.text
+    assert f"shard {folder}/000005.tar holds no samples, it is left out" in caplog.text
+    assert error_of(f"{folder}/00000[45].tar").endswith("000004.tar holds no samples")
+
+
+def test_what_is_no_tar_is_told_apart(folder):
+    (folder / "page.tar").write_text("<!DOCTYPE html><title>Sign in</title>")
+    assert "it is no tar but begins with b'<!DOCTYPE html>" in error_of(folder / "page.tar")
+    (folder / "zipped.tar").write_bytes(gzip.compress((folder / "000000.tar").read_bytes()))
+    assert "it is compressed, which does not allow reading at random places" in error_of(folder / "zipped.tar")
 
 
 def test_verify_names_a_changed_shard(folder):
@@ -83,7 +97,8 @@ def test_samples_of_the_same_name_are_never_mixed(tmp_path):
             tar.addfile(member, io.BytesIO(data))
     shards = ShardSet.open(str(file))
     found = [shards.read(i, EVERYTHING)[1] for i in range(len(shards))]
-    assert found == [{"png": b"1", "txt": b"one"}, {"png": b"2", "txt": b"two"}, {"txt": b"x"}]
+    # the second caption may belong to a third picture that got lost, so it is given to none
+    assert found == [{"png": b"1", "txt": b"one"}, {"png": b"2"}, {"txt": b"x"}, {"txt": b"two"}]
 
 
 def test_scan_reads_long_names_and_folders(tmp_path):

@@ -1,0 +1,72 @@
+"""Random videos and words in the shape of real ones: what the speed of video-text training is measured on."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from lit_gen.data.latents import Endless
+
+_WORDS = (
+    "a the red blue green ball cube cone jumps spins grows then first finally grass wood stone sand night fog".split()
+)
+
+
+class RandomStories(L.LightningDataModule):
+    """Batches like those of `Stories`, made once, on the device: frames of noise, or features of frames.
+
+    Args:
+        batch_size: videos per step and rank.
+        frames: of a video.
+        pixels: height and width of a frame.
+        features: width of a frame's features, in place of its pixels; null for pixels.
+        paragraph_words: in a paragraph.
+        caption_words: in a caption.
+        batches: different batches, which take turns.
+        seed: of the numbers; every rank has others.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        frames: int = 32,
+        pixels: int = 224,
+        features: int | None = None,
+        paragraph_words: int = 60,
+        caption_words: int = 15,
+        batches: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.batch_size, self.batches, self.seed = batch_size, batches, seed
+        self.shape = (batch_size, frames, features) if features else (batch_size, frames, 3, pixels, pixels)
+        self.name = "frame_features" if features else "video"
+        self.words = paragraph_words, caption_words
+        self.made: list[dict[str, Any]] = []
+
+    def setup(self, stage: str) -> None:
+        rank, device = self.trainer.global_rank, self.trainer.strategy.root_device
+        generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + rank)
+        chance = random.Random(self.seed * 1_000_003 + rank)
+        self.made = [self._batch(generator, device, chance, rank) for _ in range(self.batches)]
+
+    def _batch(
+        self, generator: torch.Generator, device: torch.device, chance: random.Random, rank: int
+    ) -> dict[str, Any]:
+        seen: Tensor = torch.rand(self.shape, generator=generator, device=device) * 2 - 1
+        paragraphs, captions = (
+            [" ".join(chance.choices(_WORDS, k=words)) for _ in range(self.batch_size)] for words in self.words
+        )
+        ids = torch.arange(self.batch_size, device=device) + rank * self.batch_size
+        told = {"paragraph": paragraphs, "captions": [[caption] for caption in captions]}
+        return {self.name: seen, "video_id": ids, "key": [str(i) for i in ids.tolist()], **told}
+
+    def train_dataloader(self) -> Endless:
+        return Endless(1000)
+
+    def transfer_batch_to_device(self, batch: int, device: torch.device, dataloader_idx: int) -> dict[str, Any]:
+        return dict(self.made[batch % self.batches])
