@@ -1,16 +1,20 @@
-"""A progress line: step, samples per second, time left, and what the module logs to the bar."""
+"""A progress line: step, speed and what limits it, time left, and what the module logs to the bar."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import ProgressBar
 
-from lit_gen.callbacks.record import count
+from lit_gen.callbacks.speed import Counts, Speed
+
+RECENT = 20.0  # seconds of training that the speed shown is the average of
+READ = 5.0  # seconds between readings of values that lie on a GPU
 
 
 class Progress(ProgressBar):
@@ -26,9 +30,8 @@ class Progress(ProgressBar):
         self.name, self.every = name, every
         self.enabled = True
         self.terminal = sys.stdout.isatty()
-        self._rate = 0.0  # samples per second of all processes, smoothed
-        self._steps_rate = 0.0
-        self._shown = 0.0
+        self._shown = self._read = 0.0
+        self._values: dict[str, Any] = {}
 
     def disable(self) -> None:
         self.enabled = False
@@ -37,7 +40,8 @@ class Progress(ProgressBar):
         self.enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._tick, self._samples, self._step = time.monotonic(), 0, trainer.global_step
+        self._speed = next((c for c in trainer.callbacks if isinstance(c, Speed)), None)
+        self._recent: deque[Counts] = deque()
         self._end = int(min(trainer.estimated_stepping_batches, 1 << 40))
         sizes = [(p.numel(), p.requires_grad) for p in pl_module.parameters()]
         trained = sum(size for size, trains in sizes if trains)
@@ -50,26 +54,48 @@ class Progress(ProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._samples += count(batch) * trainer.world_size
+        if not self.enabled:
+            return
         now = time.monotonic()
         last = trainer.should_stop or trainer.global_step == self._end
         if now - self._shown < (0.2 if self.terminal else self.every) and not last:
             return
-        elapsed = max(now - self._tick, 1e-9)
-        keep = 0.5 ** (elapsed / 10) if self._rate else 0.0  # the rate forgets half of the past every 10 seconds
-        self._rate = keep * self._rate + (1 - keep) * self._samples / elapsed
-        self._steps_rate = keep * self._steps_rate + (1 - keep) * (trainer.global_step - self._step) / elapsed
-        self._tick, self._samples, self._step, self._shown = now, 0, trainer.global_step, now
-        self._print(self._line(trainer, pl_module), stays=last)
+        # Reading a value waits for the GPU to end the step; at every redraw, that would keep it from running ahead.
+        if last or trainer.strategy.root_device.type == "cpu" or now - self._read >= READ:
+            values = self.get_metrics(trainer, pl_module)
+            self._values, self._read = {k: v for k, v in values.items() if k != "v_num"}, now
+        self._shown = now
+        self._print(self._line(trainer), stays=last)
 
-    def _line(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
+    def _line(self, trainer: L.Trainer) -> str:
         step = trainer.global_step
-        percent = 100 * step / max(self._end, 1)
-        parts = [f"{self.name}: step {step}/{self._end} ({percent:.0f} %)", f"{self._rate:.1f} samples/s"]
-        if self._steps_rate > 0:
-            parts.append(f"left {timedelta(seconds=round((self._end - step) / self._steps_rate))}")
-        values = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
-        return ", ".join(parts + [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()])
+        parts = [f"{self.name}: step {step}/{self._end} ({100 * step / max(self._end, 1):.0f} %)"]
+        parts += self._speed_of(trainer, step)
+        parts += [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self._values.items()]
+        return ", ".join(parts)
+
+    def _speed_of(self, trainer: L.Trainer, step: int) -> list[str]:
+        """Speed of one process over the last seconds of training, and the time left at that speed."""
+        if self._speed is None or self._speed.counts is None:
+            return []
+        new = self._speed.counts
+        self._recent.append(new)
+        while len(self._recent) > 2 and self._recent[1].seconds < new.seconds - RECENT:
+            self._recent.popleft()
+        old = self._recent[0]
+        if old.steps == new.steps:
+            return []
+        figures = self._speed.figures(old, new)
+        processes = f" x {trainer.world_size}" if trainer.world_size > 1 else ""
+        told = {
+            "samples per second": "{:.1f} samples/s" + processes,
+            "data wait %": "{:.0f} % waiting for data",
+            "MFU %": "{:.0f} % MFU",
+            "peak memory GiB": "{:.1f} GiB",
+        }
+        parts = [text.format(figures[name]) for name, text in told.items() if name in figures]
+        seconds = (self._end - step) * (new.seconds - old.seconds) / (new.steps - old.steps)
+        return [*parts, f"left {timedelta(seconds=round(seconds))}"]
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation_began = time.monotonic()
@@ -85,8 +111,6 @@ class Progress(ProgressBar):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         now = time.monotonic()
-        if hasattr(self, "_tick"):  # not training time
-            self._tick += now - self._validation_began
         names = {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("train")}
         told = ", ".join(f"{k} {float(v):.4g}" for k, v in names.items())
         before = " before training" if trainer.sanity_checking else f" at step {trainer.global_step}"

@@ -1,0 +1,263 @@
+"""`python -m lit_gen bench -c FILE`: how fast experiments train, and why, in a table that can be compared with.
+
+Each arm and stage is a fit of its own, with the trainer, callbacks and data of `fit` but without validation and
+checkpoints, in a temporary run folder, from the weights it would have at its start (those of no earlier stage).
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_gen import cli, experiment, interrupts
+from lit_gen.errors import UserError
+from lit_gen.experiment import Override, Run
+
+USAGE = """\
+usage: python -m lit_gen bench -c FILE [options] [settings]
+       python -m lit_gen bench PART [options]
+
+options, besides those of fit:
+  --warmup N            steps before the measured window (default 10)
+  --steps N             steps of a round (default 20)
+  --rounds N            rounds of the window; the device is waited for only between them (default 3)
+  --arm "NAME: WORDS"   measure the experiment with these settings and files added; may be given several times,
+                        e.g. --arm "one: --trainer.devices 1" --arm "two: --trainer.devices 2 -c ddp.yaml";
+                        the efficiency of the others is told against the first
+  --bare                after each round do the same work in a bare loop, and tell what `fit` costs over it;
+                        among the words of an arm, of that arm only
+  --baseline FILE       compare with an earlier bench.json; exit status 1 if an arm is slower
+  --tolerance X         by more than this share (default 0.05)
+  --out DIR             where bench.json and bench.md go (default: runs/bench/EXPERIMENT)
+"""
+
+WINDOW, RESULT = "window.json", "bench.json"  # in a run folder: what to measure, and what was found
+
+# A window is neither validated nor limited by anything but its steps, and weights do not change its speed.
+FIXED: list[Override] = [
+    ("trainer.max_epochs", "-1"),
+    ("trainer.max_time", "null"),
+    ("trainer.limit_val_batches", "0"),
+    ("trainer.num_sanity_val_steps", "0"),
+    ("trainer.val_check_interval", "1.0"),
+    ("trainer.check_val_every_n_epoch", "1"),
+    ("validate_first", "false"),
+]
+
+
+@dataclass
+class Options:
+    """What `bench` understands besides the settings of an experiment."""
+
+    warmup: int = 10
+    steps: int = 20
+    rounds: int = 3
+    tolerance: float = 0.05
+    baseline: str = ""
+    out: str = ""
+    bare: bool = False
+
+
+def main(argv: list[str]) -> int:
+    """Measure, print and store; returns 1 if the baseline was faster, and the status of an arm that failed."""
+    files, given, overrides = cli.parse([word for word in argv if word != "--bare"])
+    if given.get("help"):
+        print(USAGE)
+        return 0
+    if wrong := given.keys() - {"stage"}:
+        raise UserError(f"bench has no option --{min(wrong)} (`python -m lit_gen bench --help` names its own)")
+    if not files:
+        raise UserError("bench needs an experiment: -c FILE (`python -m lit_gen list` names those here)")
+    options, arms, overrides = _options(overrides, "--bare" in argv)
+    baseline = _read(Path(options.baseline)) if options.baseline else None
+    stage = given.get("stage")
+    rows: list[dict[str, Any]] = []
+    failed = 0
+    with tempfile.TemporaryDirectory(prefix="lit_gen-bench-") as folder:
+        plan = _plan(files, overrides, arms, str(stage) if stage else None, options, folder)
+        name = str(experiment.read(files, overrides).data.get("experiment") or Path(files[-1]).stem)
+        out = Path(options.out or Path("runs", "bench", name))
+        for arm, place, run in plan:
+            print(f"bench: {' '.join(filter(None, (arm, place)))}", flush=True)
+            code = cli.launch(["bench", str(run.write_request("fit", argv))])
+            if code in (interrupts.PAUSED, interrupts.OUT_OF_TIME):  # what was measured is stored
+                return code
+            if code or not (run.folder / RESULT).is_file():
+                print(f"error: {arm}: failed with exit status {code}", file=sys.stderr)
+                failed = failed or code or 1
+                continue
+            rows.append({"arm": arm, "stage": place} | json.loads((run.folder / RESULT).read_text()))
+            _compare_with_first(rows)
+            store(out, {"experiment": name, "argv": argv, "rows": rows})
+    if not rows:
+        return failed or 1
+    print(f"\n{table(rows)}\n\nstored in {out}/bench.json and bench.md")
+    slower = compare(rows, baseline, options.tolerance) if baseline else False
+    return failed or int(slower)
+
+
+def _options(overrides: list[Override], bare: bool) -> tuple[Options, list[str], list[Override]]:
+    """-> (options of ours, arms as written, settings of the experiment)"""
+    options, arms, rest = Options(bare=bare), [], []
+    for key, value in overrides:
+        if key == "arm" and value:
+            arms.append(value)
+        elif key in asdict(options) and key != "bare":
+            kind = type(getattr(options, key))
+            try:
+                setattr(options, key, kind(value))
+            except (TypeError, ValueError):
+                raise UserError(f"--{key} needs {'a number' if kind is not str else 'a path'}, not {value!r}") from None
+        else:
+            rest.append((key, value))
+    least = {"warmup": 1, "steps": 1, "rounds": 1}
+    for name, number in least.items():
+        if getattr(options, name) < number:
+            raise UserError(f"--{name} must be at least {number}")
+    return options, arms, rest
+
+
+def _plan(
+    files: list[str], overrides: list[Override], arms: list[str], stage: str | None, options: Options, folder: str
+) -> list[tuple[str, str, Run]]:
+    """[(arm, stage or "", run with `window.json` in its folder)], all of them before any is run: slips show now."""
+    plan: list[tuple[str, str, Run]] = []
+    length = ("trainer.max_steps", str(options.warmup + options.steps * options.rounds))
+    for i, arm in enumerate(arms or ["fit:"]):
+        name, colon, words = arm.partition(":")
+        if not colon:
+            raise UserError(f'--arm "{arm}": write it as "NAME: --key value …"')
+        if name.strip() in (other for other, _, _ in plan):
+            raise UserError(f'--arm "{arm}": there is another arm of this name')
+        more_words = shlex.split(words)
+        more_files, more_options, more = cli.parse([word for word in more_words if word != "--bare"])
+        if more_options:
+            raise UserError(f'--arm "{arm}": --{next(iter(more_options))} has no place in an arm')
+        own = [*overrides, *more, ("run_root", f"{folder}/{i}")]
+        staged = bool(experiment.read([*files, *more_files], own).data.get("stages"))
+        for run in experiment.select(experiment.runs([*files, *more_files], own), stage):
+            run.overrides += [*FIXED, length]
+            run.settings.data["init_from"] = None
+            run.folder.mkdir(parents=True)
+            window = {"warmup": options.warmup, "steps": options.steps, "rounds": options.rounds}
+            window["bare"] = options.bare or "--bare" in more_words
+            (run.folder / WINDOW).write_text(json.dumps(window))
+            plan.append((name.strip(), run.folder.name if staged else "", run))
+    return plan
+
+
+def _compare_with_first(rows: list[dict[str, Any]]) -> None:
+    """Scaling efficiency: samples a second and device, relative to the first arm that measured the same stage."""
+    for row in rows:
+        first = next(r for r in rows if r["stage"] == row["stage"])
+        ratio = row["samples_per_second_per_device"] / first["samples_per_second_per_device"]
+        row["efficiency_percent"] = round(100 * ratio, 2)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: what was measured on what, and the figures."""
+    first = rows[0]
+    machine, versions = first["machine"], first["versions"]
+    where = ", ".join([str(machine["device"]), f"{machine['cores']} cores ({machine['threads']} threads)"])
+    what = ", ".join(f"{name} {versions[name]}" for name in ("torch", "lightning", "deepspeed") if name in versions)
+    columns: dict[str, list[str]] = {}
+    for row in rows:
+        cells = {
+            "arm": " ".join(filter(None, (row["arm"], row["stage"]))),
+            "devices": str(row["devices"]),
+            "precision": row["precision"],
+            "batch": f"{row['samples_per_step_per_device']:.4g}",
+            "samples/s": _text(row["samples_per_second"]),
+            "a device": _text(row["samples_per_second_per_device"]),
+            "ms/step (10-90 %)": f"{_text(row['ms_per_step'])} ({_range(row, 'ms_per_step_p10', 'ms_per_step_p90')})",
+            "data wait": _text(row["data_wait_percent"], " %"),
+            "memory": _text(row["peak_memory_gib"], " GiB"),
+            "MFU": _text(row["mfu_percent"], " %"),
+            "efficiency": _text(row["efficiency_percent"], " %") if len(rows) > 1 else "",
+            "bare loop": _text(row.get("bare_samples_per_second_per_device"), "/s"),
+            "fit costs": _overhead(row),
+        }
+        for title, cell in cells.items():
+            columns.setdefault(title, []).append(cell)
+    told = {title: cells for title, cells in columns.items() if any(cells)}
+    lines = [list(told), ["---"] * len(told), *zip(*told.values(), strict=True)]
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{where}; {what}; {first['steps']} steps after {first['warmup']} of warm-up\n\n{body}"
+
+
+def _text(value: float | None, unit: str = "") -> str:
+    return "" if value is None else f"{value:.{1 if abs(value) < 1000 else 0}f}{unit}"
+
+
+def _range(row: dict[str, Any], low: str, high: str) -> str:
+    return f"{_text(row[low])} to {_text(row[high])}"
+
+
+def _overhead(row: dict[str, Any]) -> str:
+    if "overhead_percent" not in row:
+        return ""
+    spread = _range(row, "overhead_percent_min", "overhead_percent_max")
+    return f"{row['overhead_percent']:.1f} % ({spread})"
+
+
+def store(folder: Path, found: dict[str, Any]) -> None:
+    """Write bench.json and bench.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = found | {"measured": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    command = shlex.join(["python", "-m", "lit_gen", "bench", *found["argv"]])
+    texts = {
+        RESULT: json.dumps(found, indent=1),
+        "bench.md": f"# {found['experiment']}\n\n`{command}`\n\n{table(found['rows'])}",
+    }
+    for name, text in texts.items():
+        temporary = folder / f".{name}.tmp"
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(folder / name)
+
+
+# -- baseline ---------------------------------------------------------------------------------------------------------
+
+
+def compare(rows: list[dict[str, Any]], baseline: list[dict[str, Any]], tolerance: float) -> bool:
+    """Print each arm's speed against the baseline's; returns whether one is slower by more than the tolerance."""
+    before = {(row["arm"], row["stage"]): row for row in baseline}
+    slower = False
+    for row in rows:
+        old = before.get((row["arm"], row["stage"]))
+        name = " ".join(filter(None, (row["arm"], row["stage"])))
+        if old is None:
+            print(f"{name}: not in the baseline")
+            continue
+        ratio = row["samples_per_second_per_device"] / old["samples_per_second_per_device"] - 1
+        too_slow = ratio < -tolerance
+        slower = slower or too_slow
+        verdict = ", slower than tolerated" if too_slow else ""
+        print(f"{name}: {100 * ratio:+.1f} % against the baseline{verdict}{_differences(old, row)}")
+    return slower
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What else is not as it was, e.g. " (devices 1 -> 2)"; a comparison of other things says little."""
+    parts = {key: (old.get(key), new.get(key)) for key in ("devices", "precision", "samples_per_step_per_device")}
+    parts |= {key: (old["machine"].get(key), new["machine"].get(key)) for key in ("device", "cores", "threads")}
+    parts |= {key: (old["versions"].get(key), new["versions"].get(key)) for key in ("torch", "lightning")}
+    told = [f"{key} {a} -> {b}" for key, (a, b) in parts.items() if a != b]
+    return f" ({'; '.join(told)})" if told else ""
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        return list(json.loads(path.read_text())["rows"])
+    except FileNotFoundError:
+        raise UserError(f"--baseline {path}: no such file") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--baseline {path}: not a bench.json that `bench` wrote") from None

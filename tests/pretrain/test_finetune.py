@@ -1,0 +1,56 @@
+"""The network of the speed experiment is Stable Diffusion's, and its fast options compute what the plain ones do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_gen.pretrain.finetune import Compile, Finetune, Network
+
+SMALL = Network(widths=[16, 32], layers=1, heads=2, text_width=16, latent_size=8)
+
+
+def test_the_defaults_are_stable_diffusion_15() -> None:
+    with torch.device("meta"):
+        unet = Network().build()
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+
+
+def gradients(**options: object) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    method = Finetune(network=SMALL, **options)
+    method.configure_model()
+    loss = method.loss({"latents": torch.randn(2, 4, 8, 8), "text_states": torch.randn(2, 5, 16)})
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in method.parameters()])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"channels_last": True},
+        {"attention": ["math"]},
+        {"attention": ["flash", "math"]},
+        {"checkpointing": True},
+        {"compile": Compile(backend="aot_eager", blocks=True), "channels_last": True},
+    ],
+    ids="-".join,
+)
+def test_fast_is_plain(options: dict[str, object]) -> None:
+    loss, gradient = gradients(**{"channels_last": False} | options)
+    plain_loss, plain_gradient = gradients(channels_last=False)
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient, plain_gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("blocks", "graphs"), [(False, 1), (True, 5)])
+def test_every_part_is_compiled_in_one_piece(blocks: bool, graphs: int) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    method = Finetune(network=SMALL, compile=Compile(backend="eager", blocks=blocks))
+    method.configure_model()
+    for _ in range(2):
+        method.loss({"latents": torch.randn(2, 4, 8, 8), "text_states": torch.randn(2, 5, 16)})
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
