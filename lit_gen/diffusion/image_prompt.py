@@ -115,3 +115,29 @@ class ScalePredictor(nn.Module):
         """style B S D, text B L D -> B N"""
         context = torch.cat([style, text], dim=1)  # style first, as in the paper's code
         return 1 + torch.tanh(self.out(self.transformer(context)).squeeze(-1))
+
+
+class ProjectedScalePredictor(nn.Module):
+    """`ScalePredictor` of the SDXL variant: style and text are first projected to a smaller width.
+
+    Args:
+        width: of style tokens and text states.
+        count: styled layers; query i belongs to the i-th in execution order.
+        inner: width it works at; 512 in the released model.
+        layers, heads, hidden: 2, 8, 32 in the released model.
+    """
+
+    def __init__(
+        self, width: int, count: int, inner: int = 512, layers: int = 2, heads: int = 8, hidden: int = 32
+    ) -> None:
+        super().__init__()
+        self.text_proj, self.style_proj = nn.Linear(width, inner), nn.Linear(width, inner)
+        self.transformer = QueryTransformer(count, inner, heads, layers)
+        self.proj = nn.Parameter(torch.randn(inner, inner) * inner**-0.5)
+        self.out = nn.Sequential(nn.Linear(inner, hidden), nn.GELU(), nn.Linear(hidden, 1))
+
+    def forward(self, style: Tensor, text: Tensor) -> Tensor:
+        """style B S D, text B L D -> B N"""
+        # text first, unlike the other variant: without positions the order changes nothing but rounding
+        context = torch.cat([self.text_proj(text), self.style_proj(style)], dim=1)
+        return 1 + torch.tanh(self.out(self.transformer(context) @ self.proj).squeeze(-1))

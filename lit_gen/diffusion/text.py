@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,46 @@ from lit_gen.errors import UserError
 
 log = logging.getLogger(__name__)
 _told: list[str] = []
+
+
+@dataclass
+class TextCondition:
+    """What a UNet is told of B prompts.
+
+    Args:
+        states: of the text encoders, B L D.
+        added: what SDXL's UNet also reads, by name, each B ...; None for other UNets.
+    """
+
+    states: Tensor
+    added: dict[str, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of a diffusers UNet."""
+        added = {} if self.added is None else {"added_cond_kwargs": self.added}
+        return {"encoder_hidden_states": self.states, **added}
+
+    def expand(self, batch: int) -> TextCondition:
+        """The condition of one prompt for a batch."""
+        return self._each(lambda x: x.expand(batch, *x.shape[1:]))
+
+    def repeat_frames(self, frames: int) -> TextCondition:
+        """B clips to B*F frames, b-major like the latents inside a motion UNet."""
+        return self._each(lambda x: x.repeat_interleave(frames, 0))
+
+    @staticmethod
+    def cat(parts: Sequence[TextCondition]) -> TextCondition:
+        names = parts[0].added
+        added = None if names is None else {k: torch.cat([part.added[k] for part in parts]) for k in names}
+        return TextCondition(torch.cat([part.states for part in parts]), added)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TextCondition:
+        added = None if self.added is None else {name: change(x) for name, x in self.added.items()}
+        return TextCondition(change(self.states), added)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], strict: bool = False) -> Tensor:
@@ -40,3 +81,19 @@ def encode_text(tokenizer: Any, text_encoder: nn.Module, prompts: Sequence[str],
     """Text states [B L D] as the UNet's cross-attention reads them."""
     ids = tokenize(tokenizer, prompts, strict)
     return text_encoder(ids.to(text_encoder.device)).last_hidden_state
+
+
+@torch.no_grad()
+def encode_text_twice(
+    tokenizers: Sequence[Any], text_encoders: Sequence[nn.Module], prompts: Sequence[str], strict: bool = False
+) -> tuple[Tensor, Tensor]:
+    """SDXL's text states [B L D] and its pooled text embedding [B P] of the second encoder.
+
+    The states are those before each encoder's last block and without its final norm, side by side.
+    """
+    states, pooled = [], None
+    for tokenizer, encoder in zip(tokenizers, text_encoders, strict=True):
+        output = encoder(tokenize(tokenizer, prompts, strict).to(encoder.device), output_hidden_states=True)
+        states.append(output.hidden_states[-2])
+        pooled = output[0]
+    return torch.cat(states, dim=-1), pooled

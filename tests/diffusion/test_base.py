@@ -2,10 +2,10 @@ import shutil
 
 import pytest
 import torch
-from original_layout import clip_keys, open_clip_keys, unet_keys, vae_keys
 from safetensors.torch import save_file
 
 from lit_gen.diffusion.base import load_base
+from lit_gen.diffusion.original_layout import clip_keys, open_clip_keys, unet_keys, vae_keys
 from lit_gen.errors import UserError
 
 ALL = ("tokenizer", "text_encoder", "vae", "unet", "scheduler", "image_encoder", "motion_adapter")
