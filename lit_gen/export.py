@@ -1,0 +1,110 @@
+"""`python -m lit_gen export -c FILE`: the weights of a run as safetensors, or its checkpoint as one file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lit_gen import cli, experiment
+from lit_gen.errors import UserError, nearest
+from lit_gen.experiment import Run
+
+FORMATS = ("safetensors", "checkpoint")
+
+
+def main(argv: list[str]) -> int:
+    """Write what a stage trained (the last stage, unless `--stage` names one) to `--out`, or `export/` of its folder.
+
+    * `--format safetensors`, the default: `weights.safetensors`, averaged weights where the run averaged them, with
+      `export.json` that says what they are, and what the method's own `export(folder)` writes, if it has one.
+    * `--format checkpoint`: `checkpoint.ckpt`, one file that any strategy but ZeRO continues from, on any number of
+      processes.
+    """
+    files, options, overrides = cli.parse(argv)
+    given = dict(overrides)
+    kind, out, path = given.pop("format", None) or FORMATS[0], given.pop("out", None), given.pop("ckpt_path", None)
+    if not files:
+        raise UserError("export needs an experiment: -c FILE (`python -m lit_gen list` names those here)")
+    if kind not in FORMATS:
+        raise UserError(f"--format {kind}: {' or '.join(FORMATS)}{nearest(kind, FORMATS)}")
+    overrides = [(key, value) for key, value in overrides if key in given]
+    runs = experiment.runs(files, overrides, bool(options.get("smoke")))
+    stage = options.get("stage")
+    run = experiment.select(runs, stage if isinstance(stage, str) else None)[-1]
+
+    from lit_gen.callbacks.checkpoint import newest  # heavy, so only now that the files themselves are in order
+    from lit_gen.callbacks.record import provenance
+    from lit_gen.weights import read_checkpoint
+
+    source = Path(path) if path else newest(run.last.parent)
+    if source is None:
+        raise UserError(f"{run.name} has no checkpoint in {run.last.parent}; run `fit` first, or give --ckpt_path FILE")
+    folder = Path(out) if out else run.folder / "export"
+    checkpoint = read_checkpoint(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "checkpoint":
+        written = _write_checkpoint(checkpoint, folder / "checkpoint.ckpt")
+    else:
+        about = {"run": run.name, "checkpoint": str(source.resolve()), **provenance(tuple(argv))}
+        written = write_safetensors(checkpoint, folder, about)
+        _write_own_layout(run, source, folder)
+    print(f"{run.name}: step {checkpoint['global_step']} of {source} is now in {written}")
+    return 0
+
+
+def write_safetensors(checkpoint: dict[str, Any], folder: Path, about: dict[str, Any]) -> Path:
+    """Write `weights.safetensors` and `export.json` of a checkpoint that is in memory.
+
+    Args:
+        checkpoint: in Lightning's layout; its "ema" replaces the weights it averages.
+        folder: where to; it exists.
+        about: what else `export.json` says.
+    """
+    from safetensors.torch import save_file
+
+    average = checkpoint.get("ema", {})
+    weights = {**checkpoint["state_dict"], **average}
+    path = folder / "weights.safetensors"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # Tied weights are written once per name: safetensors knows no shared memory.
+        save_file({name: weight.clone().contiguous() for name, weight in weights.items()}, temporary, {"format": "pt"})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    about = {
+        **about,
+        "step": checkpoint["global_step"],
+        "weights": len(weights),
+        "parameters": sum(weight.numel() for weight in weights.values()),
+        "averaged": sorted(average),
+    }
+    (folder / "export.json").write_text(json.dumps(about, indent=1) + "\n")
+    return path
+
+
+def _write_checkpoint(checkpoint: dict[str, Any], path: Path) -> Path:
+    from lit_gen.callbacks.checkpoint import AtomicCheckpointIO
+
+    AtomicCheckpointIO().save_checkpoint(checkpoint, path)
+    return path
+
+
+def _write_own_layout(run: Run, source: Path, folder: Path) -> None:
+    """Let the method write its weights as others read them, if it can."""
+    import lightning.pytorch as L
+    from jsonargparse import ArgumentParser
+
+    from lit_gen.classes import resolve
+    from lit_gen.stage import Binding, load_weights
+
+    settings = Binding("fit", [run]).bound[0]["fit"]["model"].as_dict()
+    if not callable(getattr(resolve(settings["class_path"], L.LightningModule), "export", None)):
+        return
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(L.LightningModule, "model")
+    model = parser.instantiate_classes(parser.parse_object({"model": settings})).model
+    load_weights(model, str(source))
+    model.export(folder)

@@ -1,0 +1,1 @@
+"""More than one device: DeepSpeed's ZeRO behind Lightning, and its sharded checkpoints."""

@@ -1,0 +1,303 @@
+"""Trainings that tests of tests/scale compare, in one process or in a pair of them over gloo.
+
+`python tests/scale/ranks.py BASE FOLDER [CASE...]` is one of a pair; starting a pair costs more than any case.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import CPUAccelerator
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lit_gen.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
+from lit_gen.callbacks.ema import EMA
+from lit_gen.diffusion.style_adapter import Adapter
+from lit_gen.errors import UserError
+from lit_gen.methods.base import Optimizer
+from lit_gen.methods.stylecrafter import StyleCrafter
+from lit_gen.scale.zero import ZeRO
+
+GLOBAL_BATCH, STEPS, MIDDLE = 4, 4, 2
+RANK, WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # Lightning will forget them
+
+
+class CPUZeRO(ZeRO):
+    """ZeRO over gloo: DeepSpeed itself runs on CPUs, only Lightning and we want GPUs for it."""
+
+    accelerators = (CPUAccelerator,)
+
+    def setup_distributed(self) -> None:
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", self.local_rank)  # DeepSpeed wants an index
+
+
+class GlobalDraws(TorchFunctionMode):
+    """Random numbers of a process as its share of those that one process would draw for the global batch."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        super().__init__()
+        self.rank, self.world = rank, world
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randn_like:
+            func, args = torch.randn, (args[0].shape,)
+        elif func not in (torch.randn, torch.rand, torch.randint):
+            return func(*args, **kwargs)
+        *bounds, size = args if isinstance(args[-1], tuple | list) else ([], args)[1:]
+        size = tuple(size) if isinstance(size, tuple | list) else (size,)
+        return func(*bounds, (size[0] * self.world, *size[1:]), **kwargs).chunk(self.world)[self.rank]
+
+
+class Parity(StyleCrafter):
+    """StyleCrafter whose result does not depend on the number of processes, and which writes its losses down."""
+
+    def __init__(self, base: str, stage: str = "adapter", clip_norm: float = 0.05) -> None:
+        torch.manual_seed(0)
+        size = Adapter(tokens=3, extractor_layers=1, predictor_layers=1, heads=2)
+        super().__init__(base, stage, adapter=size, optimizer=Optimizer(3e-3, warmup_steps=2, clip_norm=clip_norm))
+        self.losses: list[float] = []
+        self.validated: list[float] = []
+        self.seen_dtypes: set[torch.dtype] = set()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        torch.manual_seed(1000 + self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        with GlobalDraws(self.global_rank, self.trainer.world_size):
+            loss = self.loss(batch).mean()
+        self.seen_dtypes.add(self.base.vae.encoder.conv_in.weight.dtype)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        torch.manual_seed(0)
+        with GlobalDraws(self.global_rank, self.trainer.world_size):
+            self.validated.append(self.loss(batch).mean().item())
+
+
+class Batches:
+    """`count` global batches, of which a process gets its rows."""
+
+    def __init__(self, count: int, rank: int, world: int, size: int = GLOBAL_BATCH, clips: bool = False) -> None:
+        self.count, self.rank, self.world, self.size, self.clips = count, rank, world, size, clips
+        self.position = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Any:
+        self.position %= self.count
+        while self.position < self.count:
+            generator = torch.Generator().manual_seed(self.position)
+            tint = torch.rand(self.size, 3, 1, 1, generator=generator) * 2 - 1
+            rows = slice(self.rank * self.size // self.world, (self.rank + 1) * self.size // self.world)
+            pictures = tint.expand(-1, -1, 32, 32)[rows].contiguous()
+            self.position += 1
+            yield {"image": pictures, "style": pictures, "caption": ["a red ball"] * len(pictures)}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def train(
+    folder: Path,
+    base: str,
+    strategy: Any = "auto",
+    ckpt: Path | None = None,
+    accumulate: int = 1,
+    precision: str = "32-true",
+    init_from: Path | None = None,
+    **model: Any,
+) -> dict[str, Any]:
+    """Fit, and tell: losses of this process per batch and per validation, and the weights as training left them."""
+    module = Parity(base, **model)
+    if init_from is not None and ckpt is None:
+        module.load_weights(init_from)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=WORLD, strategy=strategy, precision=precision, max_steps=STEPS,
+        val_check_interval=MIDDLE * accumulate, accumulate_grad_batches=accumulate, num_sanity_val_steps=0,
+        default_root_dir=folder, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[EMA(), Checkpoint(every_n_steps=MIDDLE, keep_every_n_steps=MIDDLE)], plugins=[AtomicCheckpointIO()],
+    )  # fmt: skip
+    data = Batches(STEPS * accumulate, RANK, WORLD, GLOBAL_BATCH // accumulate)
+    trainer.fit(module, data, Batches(1, RANK, WORLD), ckpt_path=ckpt)
+    return {
+        "losses": module.losses,
+        "validated": module.validated,
+        "weights": {k: v.clone() for k, v in module.state_dict().items()},
+        "frozen dtypes": [str(d) for d in module.seen_dtypes],
+        "devices": [str(p.device) for p in module.parameters()][:1],
+    }
+
+
+def middle(folder: Path) -> Path:
+    return folder / "checkpoints" / f"step-{MIDDLE:08d}.ckpt"
+
+
+def zero(stage: int) -> CPUZeRO:
+    return CPUZeRO(stage=stage, bucket=100_000)
+
+
+def refused(folder: Path, base: str, ckpt: Path) -> dict[str, Any]:
+    """What continuing from `ckpt` under ZeRO objects."""
+    try:
+        train(folder, base, zero(2), ckpt=ckpt)
+    except UserError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+def halved(checkpoint: Path, folder: Path) -> Path:
+    """A checkpoint as if one process had saved it."""
+    if RANK == 0:
+        shutil.copytree(checkpoint, folder / "half.ckpt")
+        next((folder / "half.ckpt" / "checkpoint").glob("*rank_1*optim_states.pt")).unlink()
+    dist.barrier()
+    return folder / "half.ckpt"
+
+
+def run_experiment(folder: Path, file: str, strategy: str) -> dict[str, Any]:
+    """Two steps of every stage of an experiment, each through the front door's child."""
+    from lit_gen import experiment, stage
+
+    chosen = "ddp" if strategy == "ddp" else {"class_path": "ranks.CPUZeRO", "init_args": {"bucket": 100_000}}
+    settings = {"devices": WORLD, "accelerator": "cpu", "strategy": chosen, "limit_val_batches": 0}
+    overrides = [("run_root", str(folder)), ("experiment", "tried")]
+    runs = experiment.runs([file], overrides, smoke=True)
+    for run in runs:
+        run.settings.data["trainer"] |= settings
+        if RANK == 0:
+            run.write_request("fit", [])
+        dist.barrier()
+        assert stage.main(["run", str(run.request("fit"))]) == 0, run.name
+    dist.barrier()  # the first process writes DONE after the second may have gone on
+    return {
+        "done": [run.done.is_file() for run in runs],
+        "saved": [run.last.is_dir() for run in runs],
+        "zero": strategy == "zero",
+    }
+
+
+def full_disk(folder: Path, base: str) -> dict[str, Any]:
+    """A training in which the second process finds no room for its part of the second checkpoint."""
+    limits, real, saves = resource.getrlimit(resource.RLIMIT_FSIZE), torch.save, []
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        saves.append(None)
+        try:
+            if RANK == 1 and len(saves) == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+            real(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    torch.save = save
+    try:
+        train(folder, base, zero(2))
+    except UserError as error:
+        return {"error": str(error)}
+    finally:
+        torch.save = real
+    return {"error": ""}
+
+
+CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
+    "ddp": lambda f, b: train(f, b, "ddp"),
+    **{f"zero{i}": lambda f, b, i=i: train(f, b, zero(i)) for i in (1, 2, 3)},
+    **{
+        f"zero{i} resumed": lambda f, b, i=i: train(f, b, zero(i), ckpt=middle(f.with_name(f"zero{i}")))
+        for i in (1, 2, 3)
+    },
+    "ddp accumulated": lambda f, b: train(f, b, "ddp", accumulate=2),
+    "zero2 accumulated": lambda f, b: train(f, b, zero(2), accumulate=2),
+    "zero3 accumulated": lambda f, b: train(f, b, zero(3), accumulate=2),
+    "zero2 offloaded": lambda f, b: train(f, b, CPUZeRO(stage=2, offload="optimizer", bucket=100_000)),
+    "zero3 offloaded": lambda f, b: train(f, b, CPUZeRO(stage=3, offload="all", bucket=100_000)),
+    "ddp mixed": lambda f, b: train(f, b, "ddp", precision="bf16-mixed"),
+    "zero2 mixed": lambda f, b: train(f, b, zero(2), precision="bf16-mixed"),
+    "zero3 mixed": lambda f, b: train(f, b, zero(3), precision="bf16-mixed"),
+    **{
+        f"zero{i} second stage": lambda f, b, i=i: train(
+            f, b, zero(i), stage="temporal", init_from=f.with_name("zero3") / "checkpoints" / "last.ckpt"
+        )
+        for i in (2, 3)
+    },
+    **{
+        f"zero{i} second stage resumed": lambda f, b, i=i: train(
+            f, b, zero(i), stage="temporal", ckpt=middle(f.with_name(f"zero{i} second stage"))
+        )
+        for i in (2, 3)
+    },
+    "from a file": lambda f, b: refused(f, b, middle(f.with_name("ddp"))),
+    "from one process": lambda f, b: refused(f, b, halved(middle(f.with_name("zero2")), f)),
+    "full disk": full_disk,
+}
+
+
+def run_pair(base: Path, folder: Path, cases: list[str], universe: Path) -> dict[str, list[dict[str, Any]]]:
+    """Run cases in two processes, in a working directory with experiments -> results of both ranks by case."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    shared = {
+        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0",
+        "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    argv = [sys.executable, __file__, str(base), str(folder), *cases]
+    pair, logs = [], [folder / f"log.{rank}" for rank in (0, 1)]
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            env = {**shared, "LOCAL_RANK": str(rank)}
+            pair.append(subprocess.Popen(argv, env=env, stdout=file, stderr=subprocess.STDOUT, cwd=universe))
+    try:
+        codes = [process.wait(600) for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
+    files = {case: [folder / f"{case.replace('/', '-')}.{rank}.pt" for rank in (0, 1)] for case in cases}
+    return {case: [torch.load(file, weights_only=True) for file in pair] for case, pair in files.items()}
+
+
+if __name__ == "__main__":
+    base, folder, *cases = sys.argv[1:]
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for half a minute
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.setdefault(name, "0")
+    dist.init_process_group("gloo", rank=RANK, world_size=WORLD)
+    for case in cases:
+        begin = time.monotonic()
+        if case in CASES:
+            result = CASES[case](Path(folder) / case, base)
+        else:
+            try:
+                result = run_experiment(Path(folder) / case.replace("/", "-"), *case.split(" under "))
+            except Exception:  # both processes see it, as a rule; the others' tests shall not fail with this one
+                result = {"error": traceback.format_exc()}
+        result["seconds"] = time.monotonic() - begin
+        torch.save(result, Path(folder) / f"{case.replace('/', '-')}.{RANK}.pt")
+    dist.destroy_process_group()
