@@ -8,7 +8,9 @@ interrupts.install()  # before anything slow: a signal during the imports must b
 def main() -> int:
     from lit_gen.cli import main as run
 
-    return run()
+    status = run()
+    interrupts.let_go()
+    return status
 
 
 if __name__ == "__main__":

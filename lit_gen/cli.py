@@ -20,8 +20,6 @@ from lit_gen import experiment, interrupts
 from lit_gen.errors import UserError, nearest
 from lit_gen.experiment import Changes, Override, Run
 
-PAUSED = 75  # exit status of a stage that saved and stopped before its end
-
 TRAINER_VERBS = {
     "fit": "run every stage of an experiment, resuming what was interrupted",
     "validate": "measure the last checkpoint on the validation set",
@@ -29,14 +27,17 @@ TRAINER_VERBS = {
     "predict": "generate with the last checkpoint",
 }
 MODULE_VERBS = {
-    "check": ("lit_gen.check", "say in seconds, without a GPU, what would go wrong"),
+    "check": ("lit_gen.check.command", "say in seconds, without a GPU, what would go wrong"),
     "data": ("lit_gen.data.command", "build or pack the shards of a data set"),
+    "cache": ("lit_gen.data.cache", "encode the training sets of an experiment once, instead of in every step"),
+    "export": ("lit_gen.export", "write a run's weights as safetensors, or its sharded checkpoint as one file"),
+    "sweep": ("lit_gen.sweep", "an experiment's arms and seeds, and the report that compares them"),
     "world": ("lit_gen.world.sheets", "draw contact sheets of the procedural world"),
 }
 VERBS = {
     **TRAINER_VERBS,
     **{verb: text for verb, (_, text) in MODULE_VERBS.items()},
-    "bench": "measure the throughput of a part, e.g. `bench world`",
+    "bench": "measure how fast experiments train (-c FILE), or a part, e.g. `bench world`",
     "list": "name the experiments here",
 }
 
@@ -68,7 +69,9 @@ keys of an experiment file:
   validate_first: BOOL    validate before training too, kept as "before" in metrics.json
   vars: {NAME: VALUE}     free values for ${vars.NAME}
   smoke: SETTINGS     merged over all others by --smoke
+  sweep: {...}        arms and seeds of `python -m lit_gen sweep -c FILE`
   checkpoint: {...}   how often to save and what to keep
+  speed: {peak_tflops: X}     what the device can do, to show the share of it in use (MFU)
   seed_everything, trainer, model, data   as in Lightning's command line
   NAME+: [ITEMS]      appends to a list that another file gave, e.g. `callbacks+:`
 """
@@ -102,6 +105,8 @@ def _dispatch(argv: list[str]) -> int:
     if verb == "bench":
         return _bench(rest)
     if verb in MODULE_VERBS:
+        if verb not in ("cache", "data", "sweep"):  # which stop at a good place, and go on from there
+            interrupts.leave_at_once()
         return importlib.import_module(MODULE_VERBS[verb][0]).main(rest) or 0
     if verb in TRAINER_VERBS:
         return _run(verb, rest)
@@ -133,9 +138,12 @@ def _list(argv: list[str]) -> int:
 
 def _bench(argv: list[str]) -> int:
     parts = sorted(p.parent.name for p in Path(__file__).parent.glob("*/bench.py"))
+    if argv and argv[0].startswith("-"):
+        return importlib.import_module("lit_gen.bench").main(argv)
     if not argv or argv[0] not in parts:
         what = argv[0] if argv else ""
-        raise UserError(f"bench needs one of: {', '.join(parts)}{nearest(what, parts)}")
+        raise UserError(f"bench needs an experiment, -c FILE, or one of: {', '.join(parts)}{nearest(what, parts)}")
+    interrupts.leave_at_once()
     return importlib.import_module(f"lit_gen.{argv[0]}.bench").main(argv[1:]) or 0
 
 
@@ -207,7 +215,9 @@ def _run(verb: str, argv: list[str]) -> int:
     if smoke:
         for run in runs:
             shutil.rmtree(run.folder, ignore_errors=True)
-    return _fit(runs, argv, bool(options.get("fresh")))
+    # SLURM requeues a job with the words it was submitted with: only its first start is meant.
+    fresh = bool(options.get("fresh")) and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0
+    return _fit(runs, argv, fresh)
 
 
 def _fit(runs: list[Run], argv: list[str], fresh: bool) -> int:
@@ -225,28 +235,25 @@ def _fit(runs: list[Run], argv: list[str], fresh: bool) -> int:
     interrupts.start_clock()
     for run in runs:
         if run not in waiting:
-            print(f"{run.name}: finished already, skipped", flush=True)
+            _say(f"{run.name}: finished already, skipped")
     if waiting and (stale := [r for r in runs[runs.index(waiting[0]) :] if r not in waiting]):
         names = ", ".join(run.name for run in stale)
-        print(
-            f"{names}: finished, but from earlier weights of {waiting[0].name}; --stage NAME --fresh redoes it",
-            flush=True,
-        )
+        _say(f"{names}: finished, but from earlier weights of {waiting[0].name}; --stage NAME --fresh redoes it")
     requests = [str(run.write_request("fit", argv)) for run in waiting]
     for i, run in enumerate(waiting):
-        limit = run.effective().get("trainer.max_time")
-        if interrupts.received is not None or (i > 0 and interrupts.time_is_up(limit)):
-            return _paused(run)
+        status = interrupts.status(run.effective().get("trainer.max_time") if i > 0 else None)
+        if status and _tasks() == 1:  # several agree within the stage, or some would wait for the others there
+            return _paused(run, status)
         # The first child also binds the settings of the stages after it: a mistake there shows now, not in an hour.
         code = launch(["run", requests[i], *(requests[i + 1 :] if i == 0 else [])])
-        if code == PAUSED:
-            return _paused(run)
+        if code in (interrupts.PAUSED, interrupts.OUT_OF_TIME):
+            return _paused(run, code)
         if code > 128:
             print(f"error: {run.name}: killed by signal {code - 128}; the same command continues it", file=sys.stderr)
         if code:
             return code
     if not waiting:
-        print(f"nothing left to do; results are in {runs[-1].folder}")
+        _say(f"nothing left to do; results are in {runs[-1].folder}")
     return 0
 
 
@@ -260,8 +267,8 @@ def _measure(verb: str, run: Run, argv: list[str]) -> int:
 
 def _fill_lists(overrides: list[Override]) -> list[Override]:
     """`predict --prompt A --prompt B` fills the model's list `prompts`, and so on for every word of its own."""
-    known = (*experiment.OWN_KEYS, "seed_everything", "trainer", "model", "data", "checkpoint", "vars", "init_from")
-    known += ("validate_first", "ckpt_path", "return_predictions", "weights_only")
+    known = (*experiment.OWN_KEYS, "seed_everything", "trainer", "model", "data", "checkpoint", "speed", "vars")
+    known += ("init_from", "validate_first", "ckpt_path", "return_predictions", "weights_only")
     lists: dict[str, list[str]] = {}
     rest: list[Override] = []
     for key, value in overrides:
@@ -292,7 +299,7 @@ def _finished(run: Run, changes: Changes) -> bool:
     """
     if not run.done.is_file():
         if changes and run.last.is_file():
-            print(f"{run.name}: continuing with changed settings ({_told(changes)})", flush=True)
+            _say(f"{run.name}: continuing with changed settings ({_told(changes)})")
         return False
     if wrong := _wrong(changes):
         raise UserError(
@@ -318,7 +325,7 @@ def _grew(old: object, new: object) -> bool:
 
 
 def _move_aside(runs: list[Run]) -> None:
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if _tasks() > 1:
         raise UserError(
             "--fresh in a job of several tasks would race with itself; move the run folder aside beforehand"
         )
@@ -331,9 +338,20 @@ def _move_aside(runs: list[Run]) -> None:
             print(f"{run.name}: the earlier run is now in {aside}", flush=True)
 
 
-def _paused(run: Run) -> int:
-    print(f"{run.name}: paused; the same command continues it", flush=True)
-    return 128 + signal.SIGTERM if interrupts.received == signal.SIGTERM else 0
+def _tasks() -> int:
+    """Processes that were started with this same command line, this one included."""
+    return max(int(os.environ.get(name, 1)) for name in ("SLURM_NTASKS", "WORLD_SIZE"))
+
+
+def _say(text: str) -> None:
+    """Print it, once for all tasks of a job."""
+    if int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", 0))) == 0:
+        print(text, flush=True)
+
+
+def _paused(run: Run, status: int) -> int:
+    _say(f"{run.name}: paused; the same command continues it")
+    return 0 if status == interrupts.OUT_OF_TIME else status
 
 
 def _refuse_own_folder(run: Run) -> None:

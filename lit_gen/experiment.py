@@ -43,6 +43,7 @@ HARMLESS = (
     "trainer.num_nodes",
     "trainer.profiler",
     "trainer.strategy",
+    "data.init_args.cache",  # and cached
     "data.init_args.workers",
 )
 LENGTH = ("trainer.max_steps", "trainer.max_epochs")

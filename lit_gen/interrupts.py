@@ -2,6 +2,7 @@
 
 Signals only raise a flag. A scheduler sends SIGUSR1 (time is nearly up) or SIGTERM (preempted) at any moment, also
 while libraries are being imported; saving inside the handler, in the middle of a step, is what corrupts checkpoints.
+It sends them to every process of a job, so workers that serve a training ignore them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from datetime import timedelta
 from lit_gen.errors import UserError
 
 PAUSING = (signal.SIGTERM, signal.SIGUSR1)
+PAUSED = 75  # exit status of a command that a signal stopped before its end: run it again (EX_TEMPFAIL of sysexits.h)
+OUT_OF_TIME = 74  # of a stage that met `trainer.max_time`; the command itself did what it was asked to and returns 0
 
 received: signal.Signals | None = None
 _child: subprocess.Popen[bytes] | None = None
@@ -35,6 +38,24 @@ def install() -> None:
     for signum in PAUSING:
         signal.signal(signum, _remember)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PAUSING)
+
+
+def let_go() -> None:
+    """The exit status is decided: a signal while the interpreter takes itself apart must not change it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, PAUSING)
+
+
+def leave_at_once() -> None:
+    """Have the pausing signals end this process: for work with nothing to save, or that saves as it goes."""
+
+    def leave(signum: int, _: object) -> None:
+        os.write(2, f"stopped by {signal.Signals(signum).name}\n".encode())  # print may be at work already
+        raise SystemExit(PAUSED)
+
+    for signum in PAUSING:
+        signal.signal(signum, leave)
+    if received is not None:
+        leave(received, None)
 
 
 def seconds(limit: str | timedelta | dict[str, int]) -> float:
@@ -59,6 +80,13 @@ def time_is_up(limit: str | timedelta | dict[str, int] | None) -> bool:
     return limit is not None and time.time() - float(os.environ.get("LIT_GEN_STARTED", time.time())) > seconds(limit)
 
 
+def status(limit: str | timedelta | dict[str, int] | None) -> int:
+    """The exit status to stop with now, 0 to go on; of several processes' the highest is the one to agree on."""
+    if received is not None:
+        return PAUSED
+    return OUT_OF_TIME if time_is_up(limit) else 0
+
+
 def call(command: list[str]) -> int:
     """Run a child that shares our fate: it gets our signals, and it dies when we are killed.
 
@@ -72,6 +100,8 @@ def call(command: list[str]) -> int:
         _child = subprocess.Popen(command, env={**os.environ, "LIT_GEN_PARENT": str(os.getpid())})
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PAUSING)
+    if received is not None:  # before there was a child to pass it on to
+        _child.send_signal(received)
     try:
         code = _child.wait()
     except KeyboardInterrupt:  # the terminal sends Ctrl-C to both of us; let the child tidy up
@@ -88,5 +118,5 @@ def die_with_parent() -> None:
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     parent = os.environ.pop("LIT_GEN_PARENT", None)
-    if parent is not None and os.getppid() != int(parent):  # it died before we asked
+    if os.getppid() != int(parent) if parent else os.getppid() == 1:  # it died before we asked
         os.kill(os.getpid(), signal.SIGKILL)

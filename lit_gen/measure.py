@@ -23,6 +23,7 @@ from lit_gen.callbacks.record import provenance
 from lit_gen.callbacks.speed import UNKNOWN, Counts, Speed, kind_of, peak_memory
 from lit_gen.errors import UserError
 from lit_gen.experiment import Run
+from lit_gen.scale.shards import size
 from lit_gen.stage import SMOKE_NOTHING, Command
 
 
@@ -171,7 +172,7 @@ class Window(L.Callback):
             }
         return {
             "model": type(module).__name__,
-            "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+            "trained_parameters": sum(size(p) for p in module.parameters() if p.requires_grad),
             "devices": world,
             "strategy": type(trainer.strategy).__name__,
             "precision": trainer.precision,

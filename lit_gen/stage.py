@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -11,32 +12,39 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import lightning.pytorch as L
-import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_gen import mistakes
-from lit_gen.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, newest
-from lit_gen.callbacks.pause import Pause
+from lit_gen import interrupts, mistakes
+from lit_gen.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, newest, step_of
+from lit_gen.callbacks.pause import Pause, take_over_signals
 from lit_gen.callbacks.progress import Progress
 from lit_gen.callbacks.record import Record
-from lit_gen.cli import PAUSED, TRAINER_VERBS, as_words
+from lit_gen.callbacks.speed import Speed
+from lit_gen.cli import TRAINER_VERBS, as_words
+from lit_gen.data.split import Paused
 from lit_gen.errors import UserError
 from lit_gen.experiment import Run
 from lit_gen.methods.base import Method
+from lit_gen.scale.zero import refuse_other
 from lit_gen.settings import leaves
+from lit_gen.weights import read_checkpoint
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+set_parsing_settings(
+    omegaconf_absolute_to_relative_paths=True,
+    instantiate_subclass_spec_in_any=False,  # or a setting of type Any would make an instance of any class at all
+    import_path_denylist=[],  # beside its own, which this makes binding: os, subprocess, pickle and their like
+)
 
 
 class ParserError(Exception):
@@ -88,21 +96,27 @@ class Command(LightningCLI):
             help='Validate before training too, kept as "before" in metrics.json.',
         )
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(Speed, "speed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         found: list[str] = []
-        self.bound: list[Namespace] = []
+        self.bound: list[Namespace | None] = []
         for run in self.runs:
             try:
                 self.bound.append(bind(parser, self._parser(self.verb), self.verb, run))
             except UserError as error:
+                self.bound.append(None)
                 found += [line for line in str(error).splitlines() if line not in found]
         if found:
-            raise UserError("\n".join(found))
+            self.refuse(found)
         for run, settings in zip(self.runs, self.bound, strict=True):
-            if run.smoke is not None:
+            if run.smoke is not None and settings is not None:
                 _shrink(settings[self.verb], run.smoke)
-        self.config = self.bound[0]
+        self.config = next(filter(None, self.bound), Namespace(subcommand=self.verb))
+
+    def refuse(self, mistakes: list[str]) -> None:
+        """What to do about settings that do not fit."""
+        raise UserError("\n".join(mistakes))
 
     def _parse_ckpt_path(self) -> None:
         """Not Lightning's: there a checkpoint's hyper-parameters silently override the settings."""
@@ -110,9 +124,12 @@ class Command(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         run, settings = self.runs[0], self.config[self.verb]
         fitting = self.verb == "fit"
+        self.resume = settings.ckpt_path or (newest(run.last.parent) if fitting else None)
         if settings.trainer.logger in (None, True):
             folder = run.folder if fitting else run.folder / self.verb
-            kwargs["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
+            # Events that a killed run wrote after the checkpoint are of steps that will be made again.
+            purge = {"purge_step": step_of(Path(self.resume)) if self.resume else 0} if fitting else {}
+            kwargs["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False, **purge)
         config = self._parser(self.verb).dump(_without_root(settings), skip_none=False, format="yaml")
         config = f"experiment: {run.name}\nrun_root: {run.root}\n{config}"
         self.pause = Pause(settings.trainer.max_time)
@@ -122,23 +139,25 @@ class Command(LightningCLI):
         if settings.trainer.enable_progress_bar is not False:
             callbacks.append(Progress(run.name))
         self.trainer_defaults["callbacks"] = callbacks
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        refuse_other(trainer.strategy)
+        take_over_signals(trainer)
+        return trainer
 
     # -- verbs --------------------------------------------------------------------------------------------------------
 
     def fit(self, model: L.LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Train until done or paused, from the newest checkpoint if there is one."""
         run, settings = self.runs[0], self.config["fit"]
-        resume = ckpt_path or newest(run.last.parent)
-        if resume is not None:
+        if self.resume is not None:
             self.trainer.num_sanity_val_steps = 0
         else:
             if settings.validate_first:
                 self.trainer.num_sanity_val_steps = float("inf")
             if settings.init_from:
                 load_weights(model, settings.init_from)
-        self.trainer.fit(model, ckpt_path=resume, **kwargs)
-        if self.pause.paused:
+        self.trainer.fit(model, ckpt_path=self.resume, **kwargs)
+        if self.pause.status:
             return
         self._measure_the_end(model, kwargs)
         if self.trainer.is_global_zero:
@@ -153,8 +172,12 @@ class Command(LightningCLI):
     def _measure_the_end(self, model: L.LightningModule, kwargs: dict[str, Any]) -> None:
         """Validate the final weights, unless training ended with a validation that was recorded."""
         record = next(c for c in self.trainer.callbacks if isinstance(c, Record))
-        history = record.metrics.get("history") or [{"step": -1}]
-        if self.trainer.enable_validation and history[-1]["step"] != self.trainer.global_step:
+        if self.trainer.enable_validation and not record.validated(self.trainer):
+            # Its figures belong at the step they have in a run that was not killed: within training Lightning tells
+            # it one lower, and after it a resumed loop has not counted its last step.
+            loop = self.trainer.fit_loop.epoch_loop
+            due = loop._should_check_val_fx(self.trainer.fit_loop._data_fetcher)
+            loop._batches_that_stepped = self.trainer.global_step - due
             self.trainer.validate(model, datamodule=kwargs.get("datamodule"), verbose=False)
 
 
@@ -177,7 +200,8 @@ def bind(parser: LightningArgumentParser, subparser: LightningArgumentParser, ve
 
 
 # What `--smoke` makes of settings that are known by their names to be large, or to write outside of the run folder.
-SMOKE_AT_MOST = {"batch_size": 2, "val_batch_size": 2, "pool": 8, "val_pool": 4, "steps": 2, "workers": 1}
+SMOKE_AT_MOST = {"batch_size": 2, "val_batch_size": 2, "pool": 8, "val_pool": 4, "workers": 1}
+SMOKE_AT_MOST |= {"steps": 2, "sample_steps": 2}
 SMOKE_NOTHING = ("export",)
 
 
@@ -197,36 +221,48 @@ def load_weights(model: L.LightningModule, path: str) -> None:
     """Start a model from the weights of an earlier stage or run."""
     if isinstance(model, Method):
         return model.load_weights(path)
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint to start from")
-    weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    weights = read_checkpoint(path)["state_dict"]
     if not weights.keys() & model.state_dict().keys():
         raise UserError(f"{path}: holds no weight of {type(model).__name__}")
     model.load_state_dict(weights, strict=False)
 
 
 def main(argv: list[str]) -> int:
-    """`run REQUEST...`, `bind REQUEST...`, `print REQUEST WORD` or `help VERB WORDS...`; returns the exit status."""
+    """`run REQUEST...`, `bench REQUEST`, `bind REQUEST...`, `print REQUEST WORD` or `help VERB WORDS...`.
+
+    Returns:
+        The exit status.
+    """
     _quieten()
     what, *rest = argv
+    if what != "run":
+        interrupts.leave_at_once()
     if what == "help":
         _Help(rest[0], rest[1:])
     requests = [Run.read_request(Path(path)) for path in (rest[:1] if what == "print" else rest)]
     verb, words, run = requests[0]
+    if verb != "fit":
+        interrupts.leave_at_once()
     if what == "print":
         _Print(verb, run, rest[1])
     if what == "bind":
         Binding(verb, [r for _, _, r in requests])
         return 0
-    lock = _lock(run.folder)  # held until this process ends
+    lock = _lock(run.folder)
+    if what == "bench":
+        from lit_gen.measure import Bench as kind
+    else:
+        kind = Command
     try:
-        command = Command(verb, [r for _, _, r in requests], words)
-    except SIGTERMException:  # before or after training, where Lightning's own handler stands
-        return PAUSED
+        command = kind(verb, [r for _, _, r in requests], words)
+    except Paused:  # while data was built
+        return interrupts.PAUSED
     except Exception as error:
         raise _as_user_error(error, run) from error
-    del lock
-    return PAUSED if command.pause.paused else 0
+    finally:
+        if lock is not None:
+            lock.close()
+    return command.pause.status
 
 
 class _Help(Command):
@@ -278,6 +314,11 @@ def _as_user_error(error: Exception, run: Run) -> Exception:
     text = " ".join(str(error).split())
     if isinstance(error, FileNotFoundError) and error.filename:
         return UserError(_located(f"{error.filename}: no such file or folder", run))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or run.folder
+        return UserError(f"{where}: {error.strerror}; make room, and the same command continues from {run.last}")
+    if isinstance(error, RuntimeError) and re.search("onnection (closed|reset) by (peer|remote)", text):
+        return UserError(f"{run.name}: another process of this run has ended; the same command continues it")
     if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in text:
         return UserError(
             f"{run.name}: the checkpoint does not fit the model of these settings; use --fresh. {text[:300]}"
@@ -322,6 +363,7 @@ def _quieten() -> None:
     """Keep Lightning's tables and tips off the screen; warnings stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"The `srun` command is available")  # no need to use it
     warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated")  # Lightning's, with torch 2.13
 
 

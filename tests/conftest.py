@@ -42,6 +42,7 @@ def lit_gen(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     monkeypatch.setattr(cli, "launch", stage.main)
     monkeypatch.setattr(interrupts, "install", lambda: None)
+    monkeypatch.setattr(interrupts, "leave_at_once", lambda: None)
     monkeypatch.setattr(interrupts, "received", None)
     monkeypatch.setattr(sys, "argv", ["lit_gen"])
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that what a run sets is forgotten

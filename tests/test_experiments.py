@@ -37,7 +37,7 @@ def test_overlays_bind(file: Path, lit_gen: Command, monkeypatch: pytest.MonkeyP
     from lit_gen.stage import Binding
 
     monkeypatch.chdir(ROOT)
-    over = [p for p in companions(file) if p != file]
+    over = [p for p in companions(file) if p not in OVERLAYS]
     assert over, f"{file}: say in a comment which experiment this goes over, as `-c experiments/NAME.yaml`"
     for other in over:  # what `check` says of files that are not here is not a mistake of the overlay
         Binding("fit", experiment.runs([str(other), str(file)], []))

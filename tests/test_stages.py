@@ -41,7 +41,7 @@ def test_stages_run_in_order_from_the_weights_before(lit_gen: Command, toy: Path
     assert [entry["step"] for entry in one["history"]] == [4, 8]
     assert [entry["step"] for entry in two["history"]] == [4, 6]  # the last weights are always measured
     assert one["before"]["val/error"] > one["validate"]["val/error"]
-    first = torch.load("runs/toy/two/checkpoints/previous.ckpt", weights_only=True)
+    first = torch.load("runs/toy/two/checkpoints/step-00000004.ckpt", weights_only=True)
     assert first["global_step"] == 4
     # Stage two began where stage one ended: one step of two's loss is what one's final weights give.
     assert trace("toy/two")[0] == "0:0"
@@ -151,7 +151,7 @@ def test_a_signal_pauses_at_a_step_border(lit_gen: Command, toy: Path, monkeypat
         return real(self, batch, batch_idx)
 
     monkeypatch.setattr("toy.Regression.training_step", step)
-    assert lit_gen("fit", "-c", "toy.yaml") == 128 + signal.SIGTERM
+    assert lit_gen("fit", "-c", "toy.yaml") == interrupts.PAUSED
     assert (
         len(trace("toy/one")) == 5 and not Path("runs/toy/one/DONE").exists() and not Path("runs/toy/two/DONE").exists()
     )
@@ -174,15 +174,18 @@ def test_a_run_killed_in_its_last_validation_measures_the_end(lit_gen: Command, 
 def test_a_damaged_checkpoint_is_passed_over(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture) -> None:
     assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", "--trainer.max_steps", "5") == 0
     last = Path("runs/toy/one/checkpoints/last.ckpt")
+    assert last.resolve().name == "step-00000005.ckpt"
     content = bytearray(last.read_bytes())
     last.write_bytes(content[: len(content) // 2])
-    assert not is_whole(last) and newest(last.parent) == last.with_name("previous.ckpt")
+    assert not is_whole(last) and newest(last.parent) == last.with_name("step-00000004.ckpt")
     content[len(content) // 2] ^= 255
     last.write_bytes(content)
     assert not is_whole(last)
+    capsys.readouterr()
     assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one") == 0
-    assert "damaged" in capsys.readouterr().out
-    assert trace("toy/one")[-4:] == ["4:4", "5:5", "6:6", "7:7"]  # previous.ckpt is of step 4
+    warning = next(line for line in capsys.readouterr().out.splitlines() if "damaged" in line)
+    assert "step-00000005.ckpt" in warning and "continuing from" in warning and "step-00000004.ckpt" in warning
+    assert trace("toy/one")[-4:] == ["4:4", "5:5", "6:6", "7:7"]
 
 
 def test_the_other_verbs_use_the_last_stage(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture) -> None:
@@ -207,7 +210,7 @@ def test_a_signal_during_the_imports_is_remembered(toy: Path) -> None:
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(120) == 0
+        assert process.wait(120) == interrupts.PAUSED
     finally:
         process.kill()
     assert len(trace("toy/one")) == 1 and is_whole(Path("runs/toy/one/checkpoints/last.ckpt"))

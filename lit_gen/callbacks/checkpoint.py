@@ -1,10 +1,17 @@
-"""Checkpoints that are whole or absent, and the one a run continues from."""
+"""Checkpoints that are whole or absent, and the one a run continues from.
+
+`checkpoints/` of a run folder holds `step-NNNNNNNN.ckpt` (a file, or a folder where a strategy writes one), the
+SHA-256 of its content beside it in the format of `sha256sum`, and `last.ckpt`, a link to the newest.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +19,14 @@ import lightning.pytorch as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lit_gen.callbacks.record import Record
+from lit_gen.errors import UserError
+from lit_gen.weights import read_checkpoint
+
+LAST = "last.ckpt"
+UNFINISHED = ".*.unfinished"  # pattern of what a run that was killed while saving leaves behind
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -20,7 +35,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.unfinished")
         try:
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
@@ -31,87 +46,242 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
-        return torch.load(path, map_location="cpu" if map_location is None else map_location, weights_only=True)
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint can be read to its end. torch's files are zip archives, which carry checksums."""
-    if path.is_dir():  # sharded (DeepSpeed): `latest` is written last
-        return (path / "latest").is_file()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run's `checkpoints/` folder; says so when it passes over a damaged one."""
-    numbered = sorted(folder.glob("step-*.ckpt"), reverse=True)
-    for path in [folder / "last.ckpt", folder / "previous.ckpt", *numbered]:
-        if path.exists():
-            if is_whole(path):
-                return path
-            print(f"{path}: damaged, looking for an earlier one", flush=True)
-    return None
+        return read_checkpoint(path, map_location)
 
 
 class Checkpoint(LightningCheckpoint):
-    """Saves `last.ckpt` now and then and at every stop; the one before it stays as `previous.ckpt`.
+    """Saves now and then and at every stop; the newest few stay, so that one survives whatever happens to another.
 
     Args:
         every_n_steps: optimizer steps between saves.
-        keep_every_n_steps: also keep numbered checkpoints this many steps apart; 0 for none.
-        keep: how many numbered checkpoints to keep, the newest ones.
+        keep: how many of the newest checkpoints to keep.
+        keep_every_n_steps: keep those this many steps apart for good; 0 for none.
     """
 
-    def __init__(self, every_n_steps: int = 200, keep_every_n_steps: int = 0, keep: int = 3) -> None:
-        self.every_n_steps, self.keep_every_n_steps, self.keep = every_n_steps, keep_every_n_steps, keep
+    def __init__(self, every_n_steps: int = 200, keep: int = 2, keep_every_n_steps: int = 0) -> None:
+        if every_n_steps < 1 or keep < 1:
+            raise UserError("checkpoint.every_n_steps and checkpoint.keep must be at least 1")
+        self.every_n_steps, self.keep, self.keep_every_n_steps = every_n_steps, keep, keep_every_n_steps
         self.saved_step = -1
+        self._written: tuple[Path, str] | None = None  # what waits to be published, and its checksums
+        self._ranks_before: int | None = None  # of the run that is resumed
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
-        if trainer.is_global_zero:
-            for left_over in self.folder.glob(".*.tmp"):  # of a run killed while saving
-                left_over.unlink(missing_ok=True)
+        if trainer.is_global_zero and stage == "fit":
+            for left_over in self.folder.glob(UNFINISHED):
+                _remove(left_over)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["world_size"] = trainer.world_size
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._ranks_before = checkpoint.get("world_size", trainer.world_size)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.saved_step = trainer.global_step
+        epochs = trainer.fit_loop.epoch_progress.total
+        if epochs.processed == epochs.ready:  # saved at an epoch's end: Lightning would not begin the next
+            trainer.fit_loop.reset_restart_stage()
+        if self._ranks_before not in (None, trainer.world_size):
+            _recount(trainer, self._ranks_before)
+        # Saved before the validation of its step, which a kill or a pause kept from ending; Lightning would skip it.
+        if self.saved_step and trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            record = next((c for c in trainer.callbacks if isinstance(c, Record)), None)
+            if record is not None and not record.validated(trainer):
+                _validate(trainer)
 
     # Lightning calls checkpoint callbacks last, so the others' state (averages, counts, pauses) is that of this step.
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step == self.saved_step:  # still accumulating gradients
             return
-        numbered = self.keep_every_n_steps > 0 and step % self.keep_every_n_steps == 0
-        ending = trainer.should_stop or step == trainer.max_steps
-        if step % self.every_n_steps == 0 or numbered or ending:
-            self.save(trainer, numbered)
+        kept = self.keep_every_n_steps > 0 and step % self.keep_every_n_steps == 0
+        if step % self.every_n_steps == 0 or kept or trainer.should_stop or step == trainer.max_steps:
+            self._write(trainer)
+
+    # The figures of a step reach the event file only after `on_train_batch_end`. A checkpoint that others could see
+    # before that would leave, after a kill between the two, a step without figures. So it is published here, at the
+    # first hook that follows.
+    def on_validation_start(self, *_: Any) -> None:
+        self._publish()
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if self._ranks_before not in (None, trainer.world_size):  # the step of figures was told by the batches before
+            trainer.fit_loop.epoch_loop._batches_that_stepped, self._ranks_before = trainer.global_step, None
+        self._publish()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self._publish()
+
+    def on_exception(self, *_: Any) -> None:
+        self._publish()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.saved_step != trainer.global_step:  # max_epochs reached
-            self.save(trainer)
+            self._write(trainer)
+        self._publish()
 
-    def save(self, trainer: L.Trainer, numbered: bool = False) -> None:
-        """Write `last.ckpt`; every rank must call this."""
+    def _write(self, trainer: L.Trainer) -> None:
+        """Save under a name that nobody takes for a checkpoint; every rank must call this."""
         self.saved_step = trainer.global_step
-        new, last = self.folder / "new.ckpt", self.folder / "last.ckpt"
-        trainer.save_checkpoint(new)
-        if trainer.is_global_zero:
-            previous = self.folder / "previous.ckpt"
-            if last.is_dir():
-                shutil.rmtree(previous, ignore_errors=True)
-            if last.exists():
-                last.replace(previous)
-            new.replace(last)
-            if numbered:
-                self._keep(last, self.folder / f"step-{self.saved_step:08d}.ckpt")
-        trainer.strategy.barrier("checkpoint")
+        path = self.folder / f"step-{self.saved_step:08d}.ckpt"
+        hidden = path.with_name(f".{path.name}.unfinished")
+        try:
+            trainer.save_checkpoint(hidden)
+            if trainer.is_global_zero:
+                self._written = path, checksums(hidden, path.name)
+        except (OSError, RuntimeError) as error:  # torch tells only so when it writes the file itself
+            if not isinstance(error, OSError) and "inline_container" not in str(error):
+                raise
+            _remove(hidden)
+            raise UserError(self._why_not(path, error)) from error
 
-    def _keep(self, last: Path, path: Path) -> None:
-        if last.is_dir():
-            shutil.copytree(last, path, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(last, path)
-        for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep or None]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    def _why_not(self, path: Path, error: Exception) -> str:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "writing failed"
+        free = shutil.disk_usage(self.folder).free / 1e6
+        last = self.folder / LAST
+        intact = f"{last} ({last.resolve().name}) is intact" if last.exists() else "there is no earlier one"
+        return (
+            f"{path}: the checkpoint cannot be written: {reason} ({free:,.0f} MB are free); "
+            f"{intact}; make room and give the same command again"
+        )
+
+    def _publish(self) -> None:
+        if self._written is None:
+            return
+        (path, listed), self._written = self._written, None
+        link = path.with_name(f".{LAST}.unfinished")
+        try:
+            _manifest(path).write_text(listed)
+            if path.is_dir():  # made again after an earlier one was passed over
+                _remove(path)
+            path.with_name(f".{path.name}.unfinished").replace(path)
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.name)
+            link.replace(path.with_name(LAST))
+            _flush(self.folder)
+        except OSError as error:
+            raise UserError(self._why_not(path, error)) from error
+        self._prune(path)
+
+    def _prune(self, current: Path) -> None:
+        """Remove what is older than the newest few, and what an earlier course of this run had ahead of it."""
+        steps, now = _numbered(self.folder), step_of(current)
+        newest_ones = sorted(step for step in steps if step <= now)[-self.keep :]
+        for step, path in steps.items():
+            if step not in newest_ones and not (self.keep_every_n_steps and step % self.keep_every_n_steps == 0):
+                _remove(path)
+        for manifest in self.folder.glob("step-*.sha256"):
+            if not manifest.with_suffix("").exists():
+                manifest.unlink(missing_ok=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint a run continues from: the last whole one of its `checkpoints/` folder.
+
+    Raises:
+        UserError: there are checkpoints, and none of them is whole.
+    """
+    found, last = _numbered(folder), step_of(folder / LAST)
+    damaged = []
+    # Steps after the last one belong to a course that was given up.
+    for _, path in sorted(found.items(), key=lambda item: (last is None or item[0] <= last, item[0]), reverse=True):
+        if is_whole(path):
+            if damaged:
+                _say(f"warning: {', '.join(damaged)}: damaged (not what was written); continuing from {path} instead")
+            return path
+        damaged.append(str(path))
+    if damaged:
+        raise UserError(f"{', '.join(damaged)}: damaged, and there is no other checkpoint; --fresh starts over")
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is what was written, by the checksums beside it.
+
+    A file without them is held against those that its zip archive has of its own; a folder without them is one that
+    was never finished.
+    """
+    path = path.resolve()  # `last.ckpt` is a link
+    try:
+        if _manifest(path).is_file():
+            return checksums(path, path.name) == _manifest(path).read_text()
+        if path.is_dir():
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def checksums(path: Path, name: str) -> str:
+    """SHA-256 of a file, or of every file in a folder, in the format of `sha256sum`, as if it were called `name`."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        digests = list(threads.map(_sha256, files))
+    names = [str(Path(name) / file.relative_to(path)) for file in files]
+    return "".join(f"{digest}  {file}\n" for digest, file in zip(digests, names, strict=True))
+
+
+def step_of(path: Path) -> int | None:
+    """Optimizer step of a checkpoint of a run, from its name (of what it links to); None for any other file."""
+    found = re.fullmatch(r"step-(\d+)\.ckpt", path.resolve().name)
+    return int(found[1]) if found else None
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    return {step: path for path in folder.glob("step-*.ckpt") if (step := step_of(path)) is not None}
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _recount(trainer: L.Trainer, before: int) -> None:
+    """Turn the batches of this epoch that `before` processes have made into those that the present ones would have."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    current = progress.current
+    ready = current.ready * before // trainer.world_size
+    ready = trainer.num_training_batches if progress.is_last_batch else ready
+    current.completed += ready - current.ready
+    current.ready = current.started = current.processed = ready
+
+
+def _validate(trainer: L.Trainer) -> None:
+    """What Lightning does at the end of a step."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    counted = loop.batch_progress.state_dict()
+    trainer.validating, loop.restarting = True, False
+    loop.run()
+    trainer.training = True
+    loop.batch_progress.load_state_dict(counted)  # Lightning will count the validation that it thinks has been
+
+
+def _manifest(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(folder: Path) -> None:
+    """Have the disk remember the names in a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)

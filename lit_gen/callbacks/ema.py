@@ -8,12 +8,15 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
+from lit_gen.scale.shards import refresh, shard, unshard
+
 
 class EMA(L.Callback):
     """Averages the trainable parameters after every optimizer step; validation and export see the average.
 
     Lightning's own `EMAWeightAveraging` copies the frozen base too and loses the average under DeepSpeed; this one
-    keeps a shadow of the trainable parameters only and stores it in the checkpoint under "ema".
+    keeps a shadow of the trainable parameters only and stores it in the checkpoint under "ema". Under ZeRO-3 each
+    process averages its own pieces of them.
 
     Args:
         decay: weight of the past in each update.
@@ -25,24 +28,28 @@ class EMA(L.Callback):
         self.shadow: dict[str, Tensor] = {}
         self._raw: dict[str, Tensor] | None = None
         self._step = -1
+        self._cut = False  # the shadow is this process's pieces
 
     @staticmethod
     def _trainable(module: L.LightningModule) -> dict[str, Tensor]:
-        return {n: p.data for n, p in module.named_parameters() if p.requires_grad}
+        return {n: shard(p) for n, p in module.named_parameters() if p.requires_grad}
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    # Not on_fit_start: under DeepSpeed a checkpoint is loaded after that.
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         weights = self._trainable(pl_module)
         # After a resume the shadow was loaded on the CPU; bring it to where the weights are.
         self.shadow = {n: self.shadow.get(n, w).detach().to(w.device, copy=True) for n, w in weights.items()}
+        # Kept, since looking for them among all modules takes milliseconds of every step.
+        self._parameters = [p for p in pl_module.parameters() if p.requires_grad]
         self._step = trainer.global_step
+        self._cut = any(hasattr(p, "ds_tensor") for p in pl_module.parameters())
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == self._step:  # still accumulating gradients
             return
         self._step = trainer.global_step
         decay = min(self.decay, (1 + self._step) / (10 + self._step)) if self.warmup else self.decay
-        weights = self._trainable(pl_module)
-        torch._foreach_lerp_([self.shadow[n] for n in weights], list(weights.values()), 1 - decay)
+        torch._foreach_lerp_(list(self.shadow.values()), [shard(p) for p in self._parameters], 1 - decay)
 
     def _swap_in(self, module: L.LightningModule) -> None:
         if self.shadow and self._raw is None:
@@ -50,11 +57,13 @@ class EMA(L.Callback):
             self._raw = {n: w.clone() for n, w in weights.items()}
             for name, weight in weights.items():
                 weight.copy_(self.shadow[name])
+            refresh(module.parameters())
 
     def _swap_out(self, module: L.LightningModule) -> None:
         if self._raw is not None:
             for name, weight in self._trainable(module).items():
                 weight.copy_(self._raw[name])
+            refresh(module.parameters())
             self._raw = None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -63,9 +72,16 @@ class EMA(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._swap_out(pl_module)
 
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._swap_in(pl_module)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._swap_in(pl_module)
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name, weight in self._trainable(pl_module).items():  # training is over: the average is the result
-            weight.copy_(self.shadow[name])
+            average = self.shadow[name]
+            weight.copy_(unshard(average, weight.shape) if self._cut else average)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._swap_out(pl_module)

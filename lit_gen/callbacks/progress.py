@@ -12,6 +12,7 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import ProgressBar
 
 from lit_gen.callbacks.speed import Counts, Speed
+from lit_gen.scale.shards import size
 
 RECENT = 20.0  # seconds of training that the speed shown is the average of
 READ = 5.0  # seconds between readings of values that lie on a GPU
@@ -43,10 +44,10 @@ class Progress(ProgressBar):
         self._speed = next((c for c in trainer.callbacks if isinstance(c, Speed)), None)
         self._recent: deque[Counts] = deque()
         self._end = int(min(trainer.estimated_stepping_batches, 1 << 40))
-        sizes = [(p.numel(), p.requires_grad) for p in pl_module.parameters()]
-        trained = sum(size for size, trains in sizes if trains)
+        sizes = [(size(p), p.requires_grad) for p in pl_module.parameters()]
+        trained = sum(count for count, trains in sizes if trains)
         self._print(
-            f"{self.name}: {trained:,} of {sum(size for size, _ in sizes):,} parameters are trained", stays=True
+            f"{self.name}: {trained:,} of {sum(count for count, _ in sizes):,} parameters are trained", stays=True
         )
         if trainer.global_step:
             self._print(f"{self.name}: continuing at step {trainer.global_step} of {self._end}", stays=True)

@@ -35,6 +35,7 @@ class Record(L.Callback):
         self.samples = 0
         self.seconds = 0.0
         self.metrics: dict[str, Any] = {}
+        self._trained: dict[str, Any] = {}  # figures of the steps before a resume
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = Path(trainer.default_root_dir)
@@ -56,10 +57,27 @@ class Record(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.samples, self.seconds = state_dict["samples"], state_dict["seconds"]
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["figures"] = self._training(trainer)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._trained = checkpoint.get("figures", {})
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._tick = time.monotonic()
+        self._tick, self._step = time.monotonic(), trainer.global_step
         # A killed run may have validated after its last checkpoint: those steps will be made again.
         self.metrics["history"] = [e for e in self.metrics.get("history", []) if e["step"] <= trainer.global_step]
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:  # still accumulating gradients
+            return
+        self._step = trainer.global_step
+        # Lightning would log a figure of an earlier step again at every step that has none of that name, up to the end
+        # of the epoch, which shows values that nobody measured, and others after a resume.
+        for figure in trainer.fit_loop.epoch_loop._results.values():
+            figure._forward_cache = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,6 +88,11 @@ class Record(L.Callback):
         self._tick = now
 
     # -- figures ------------------------------------------------------------------------------------------------------
+
+    def validated(self, trainer: L.Trainer) -> bool:
+        """Whether the weights of this step were measured; the same on all ranks, of which one has read the figures."""
+        history = self.metrics.get("history") or [{"step": -1}]
+        return trainer.strategy.broadcast(history[-1]["step"] == trainer.global_step)
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.num_sanity_val_steps == float("inf"):  # `validate_first`: the whole validation set was seen
@@ -94,10 +117,15 @@ class Record(L.Callback):
         self.metrics["test"] = plain(trainer.callback_metrics)
         self._write(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        validated = self.metrics.get("validate", {})
-        self.metrics["train"] = {k: v for k, v in plain(trainer.logged_metrics).items() if k not in validated}
+    # Not on_train_end, which is left out where a run was killed after its last step.
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.metrics["train"] = self._training(trainer)
         self._write(trainer)
+
+    def _training(self, trainer: L.Trainer) -> dict[str, float | str]:
+        """The latest figures of training, also of kinds of steps that have not come since a resume."""
+        validated = self.metrics.get("validate", {})
+        return self._trained | {k: v for k, v in plain(trainer.callback_metrics).items() if k not in validated}
 
     def _write(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:

@@ -40,7 +40,8 @@ class Samples(L.Callback):
         for name, picture in previews.items():
             save(folder / name.replace(" ", "-"), picture)
             for logger in trainer.loggers:
-                show(logger, f"samples/{name}", picture, trainer.global_step)
+                # the step at which Lightning logs the figures of this validation
+                show(logger, f"samples/{name}", picture, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def show(logger: Any, tag: str, picture: Tensor, step: int) -> None:

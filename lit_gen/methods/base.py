@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
+import numpy as np
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from lit_gen.errors import UserError
+from lit_gen.weights import read_checkpoint
 
 
 @dataclass
@@ -61,6 +65,9 @@ class Method(L.LightningModule):
         optimizer: settings of the one optimizer.
     """
 
+    # Why a method cannot run under DeepSpeed, as the second half of a sentence; None if it can.
+    refuses_zero: str | None = None
+
     def __init__(self, optimizer: Optimizer = Optimizer()) -> None:
         super().__init__()
         self.optimizer_settings = optimizer
@@ -77,10 +84,14 @@ class Method(L.LightningModule):
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for the optimizer; one of its own settings, or a `clip_norm`, may differ in each."""
+        return [{"params": self.trainable_parameters()}]
+
     def configure_optimizers(self) -> dict[str, Any]:
         settings = self.optimizer_settings
         optimizer = torch.optim.AdamW(
-            self.trainable_parameters(),
+            self.parameter_groups(),
             lr=settings.lr,
             betas=tuple(settings.betas),
             weight_decay=settings.weight_decay,
@@ -90,9 +101,12 @@ class Method(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            return  # its engine clips, over the gradients of all processes
         # Not Lightning's own clipping: it refuses fused optimizers under mixed precision.
-        if self.optimizer_settings.clip_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.trainable_parameters(), self.optimizer_settings.clip_norm)
+        for group in optimizer.param_groups:
+            if (norm := group.get("clip_norm", self.optimizer_settings.clip_norm)) > 0:
+                torch.nn.utils.clip_grad_norm_(group["params"], norm)
 
     # -- randomness ---------------------------------------------------------------------------------------------------
 
@@ -106,11 +120,29 @@ class Method(L.LightningModule):
         self.seed_step("predict", batch_idx + 1_000_003 * dataloader_idx)
 
     def seed_step(self, purpose: Literal["fit", "validate", "predict"], step: int) -> None:
-        """Seed torch from (seed, purpose, rank, step)."""
+        """Seed torch, random and numpy from (seed, purpose, rank, step)."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         salt = {"fit": 1, "validate": 2, "predict": 3}[purpose]
         mixed = (seed * 0x9E3779B97F4A7C15 + salt * 0xBF58476D1CE4E5B9 + step * 0x94D049BB133111EB) & (2**64 - 1)
-        torch.manual_seed((mixed + self.global_rank * 0xD6E8FEB86659FD93) & (2**63 - 1))
+        mixed = (mixed + self.global_rank * 0xD6E8FEB86659FD93) & (2**63 - 1)
+        torch.manual_seed(mixed)
+        random.seed(mixed)
+        np.random.seed(mixed & (2**32 - 1))
+
+    # -- cache --------------------------------------------------------------------------------------------------------
+
+    def cached_parts(self) -> dict[str, Any]:
+        """The frozen models and tokenizers that `encode_for_cache` runs, by name; none where nothing can be cached."""
+        return {}
+
+    def encode_for_cache(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What a training step computes from a batch with the same result each time: by name, tensors B ....
+
+        Batches of a data module that is `cached` have these instead of the pictures; clips keep theirs. By convention
+        "posterior" is what `Base.posterior` gives, B 2 C h w of pictures and B F 2 C h w of clips, "text_states" are
+        B L D, and whatever else has a row for each frame of a clip is named "frame_..." (B F ...).
+        """
+        raise NotImplementedError
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -136,11 +168,9 @@ class Method(L.LightningModule):
         """Start from another run's checkpoint: averaged weights where it has them, its raw weights otherwise.
 
         Raises:
-            UserError: the file does not exist, or holds weights this model has no place for.
+            UserError: there is no such checkpoint, or it holds weights this model has no place for.
         """
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such checkpoint to start from")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(path)
         weights = {**checkpoint["state_dict"], **checkpoint.get("ema", {})}
         own = super().state_dict()
         wrong = [k for k, v in weights.items() if k not in own or own[k].shape != v.shape]

@@ -34,6 +34,7 @@ class Autoencoder(BasePart):
     ) -> None:
         super().__init__(export, optimizer)
         self.kl_weight, self.l1_weight = kl_weight, l1_weight
+        self.register_buffer("latent_std", torch.ones(()))  # as last measured; a resumed run may end without measuring
         self.vae = build_autoencoder(tuple(widths)).to(memory_format=torch.channels_last)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -57,12 +58,14 @@ class Autoencoder(BasePart):
         if batch_idx == 0:
             self._shown = torch.stack([image[:8], restored[:8]])
 
+    def on_validation_end(self) -> None:
+        self.latent_std.copy_(self.trainer.callback_metrics["val/latent_std"])
+
     def preview(self) -> dict[str, Tensor]:
         """Originals above what the autoencoder makes of them."""
         return {"original and restored": contact_sheet(self._shown)}
 
     def parts(self) -> dict[str, Any]:
         # diffusion models expect latents of unit variance
-        std = float(self.trainer.callback_metrics.get("val/latent_std", 1.0))
-        self.vae.register_to_config(scaling_factor=round(1 / std, 5))
+        self.vae.register_to_config(scaling_factor=round(1 / float(self.latent_std), 5))
         return {"vae": self.vae}
