@@ -11,6 +11,7 @@ The section `sweep: report:` of an experiment file:
     claims:
       - {say: "the style is nearer with decoupled crops", measure: style error, arm: full, below: no decoupling}
       - {say: "...", measure: leak rate, arm: full, below: appended to text, times: 0.33}
+      - {say: "...", measure: R@1 short, arm: full, below: full, against: R@1 long}   # another measure
     pictures: {adapter: prompts-x-styles.png}   # stage -> latest sample of that name, of the first seed
 """
 
@@ -36,8 +37,8 @@ class Verdict:
     """A claim, the figure it rests on, and whether that bears it out."""
 
     say: str
-    figure: Estimate  # arm - times * other
-    holds: str  # yes | no | not shown
+    figure: Estimate | None  # arm - times * other
+    holds: str  # yes | no | not shown | no samples
 
 
 def write(sweep: Sweep) -> list[Path]:
@@ -60,8 +61,11 @@ def write(sweep: Sweep) -> list[Path]:
     pictures = _pictures(sweep, tested, out)
     lines = [f"# {section.get('title') or sweep.name}", "", (section.get("text") or "").strip(), ""]
     lines += _tables(sweep, tested, measures)
-    if section.get("claims"):
-        lines += _claims([judge(claim, tested, measures) for claim in section["claims"]])
+    # of arms that have been tested; an arm that does not exist is a mistake that `judge` tells
+    named = ("arm", "below", "above")
+    claims = [c for c in section.get("claims") or () if all(tested.get(c.get(key), True) for key in named)]
+    if claims:
+        lines += _claims([judge(claim, tested, measures) for claim in claims])
     for title, file in pictures:
         lines += [f"**{title}**", "", f"![{title}]({file.relative_to(out.parent).as_posix()})", ""]
     out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
@@ -76,11 +80,16 @@ def judge(claim: dict[str, Any], tested: dict[str, list[Cell]], measures: dict[s
     for arm in (claim["arm"], claim[directions[0]]):
         if arm not in tested:
             raise UserError(f"claim {claim.get('say', claim)!r}: there is no arm `{arm}`{nearest(arm, tested)}")
-    measure = claim["measure"]
-    ours, theirs = (_read(tested[arm], measures[measure]) for arm in (claim["arm"], claim[directions[0]]))
+    measure, other = claim["measure"], claim.get("against", claim["measure"])
+    if other not in measures:
+        raise UserError(f"claim {claim.get('say', claim)!r}: there is no measure `{other}`{nearest(other, measures)}")
+    ours, theirs = _read(tested[claim["arm"]], measures[measure]), _read(tested[claim[directions[0]]], measures[other])
     factor = float(claim.get("times", 1.0))
-    scaled = [{measure: {k: factor * v for k, v in run.get(measure, {}).items()}} for run in theirs]
-    figure = scores.difference(ours, scaled, measure)
+    scaled = [{measure: {k: factor * v for k, v in run.get(other, {}).items()}} for run in theirs]
+    try:
+        figure = scores.difference(ours, scaled, measure)
+    except UserError:  # the measure applies to no sample that both have
+        return Verdict(str(claim.get("say", claim)), None, "no samples")
     right, wrong = figure.high < 0, figure.low > 0
     if directions[0] == "above":
         right, wrong = wrong, right
@@ -116,7 +125,7 @@ def _tables(sweep: Sweep, tested: dict[str, list[Cell]], measures: dict[str, Any
 
 def _claims(verdicts: list[Verdict]) -> list[str]:
     lines = ["| claim | holds | difference |", "|---|---|---|"]
-    return [*lines, *(f"| {v.say} | {v.holds} | {v.figure} |" for v in verdicts), ""]
+    return [*lines, *(f"| {v.say} | {v.holds} | {v.figure or ''} |" for v in verdicts), ""]
 
 
 def _pictures(sweep: Sweep, tested: dict[str, list[Cell]], out: Path) -> list[tuple[str, Path]]:
@@ -124,7 +133,7 @@ def _pictures(sweep: Sweep, tested: dict[str, list[Cell]], out: Path) -> list[tu
     found = []
     for stage, name in (sweep.report.get("pictures") or {}).items():
         for arm, cells in tested.items():
-            if not cells or stage in cells[0].taken:  # the arm it was taken from shows it
+            if not cells or stage in cells[0].taken or not cells[0].has(stage):  # the arm it was taken from shows it
                 continue
             files = sorted(cells[0].folder(stage).glob(f"samples/step-*/{name}"))
             if not files:

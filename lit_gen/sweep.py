@@ -9,6 +9,7 @@ The file is an experiment with a section
         full: {}                    # settings laid over the experiment
         no scale: {model: {init_args: {adapter: {scale: false}}}}
         still: {take: {adapter: full}, stages: {...}}   # a stage that is another arm's is not trained again
+        pictures: {stages: {temporal: null}}            # nor one that the arm does without
       report: {...}                 # see lit_gen/report.py
 
 Each arm and seed is an ordinary experiment, in `runs/<experiment>/<arm>-seed<n>/`, trained by `fit` and scored by
@@ -20,7 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,16 @@ class Cell:
     tested: tuple[str, ...]  # stages, "" for an experiment without
     source: str  # the arm whose stages it takes, else its own
 
+    def has(self, stage: str) -> bool:
+        """Whether the arm goes through a stage, or takes it from another."""
+        return not stage or stage in self.taken or any(run.folder.name == stage for run in self.runs)
+
     def folder(self, stage: str) -> Path:
         """Run folder of a stage, wherever it was trained."""
         if stage in self.taken:
             return self.taken[stage]
+        if not self.has(stage):
+            raise UserError(f"arm `{self.arm}` has no stage `{stage}`")
         return next(run.folder for run in self.runs if not stage or run.folder.name == stage)
 
 
@@ -96,7 +103,7 @@ def main(argv: list[str]) -> int:
             print(f"[{number}/{len(own)}] {sweep.name}: {cell.arm}, seed {cell.seed}", flush=True)
             if code := run(cell, overrides, args.smoke):
                 return code
-    missing = [cell for cell in sweep.cells for stage in cell.tested if not is_tested(cell.folder(stage))]
+    missing = [cell for cell in sweep.cells if not all(is_tested(cell.folder(stage)) for stage in cell.tested)]
     if missing and not args.report:
         print(f"{len(missing)} of {len(sweep.cells)} cells are still to be run; the report waits for them")
         return 0
@@ -157,7 +164,8 @@ def _cell(merged: Settings, files: list[str], name: str, root: Path, arm: str, s
         "seed_everything": seed,
         **{key: value for key, value in own.items() if key != "stages"},
     }
-    stages = {stage: dict(settings or {}) for stage, settings in (own.get("stages") or {}).items()}
+    given = own.get("stages") or {}
+    stages = {stage: None if settings is None else dict(settings) for stage, settings in given.items()}
     names = [stage for stage, settings in (merged.data.get("stages") or {}).items() if settings is not None]
     taken = {}
     for stage, source in take.items():
@@ -166,7 +174,8 @@ def _cell(merged: Settings, files: list[str], name: str, root: Path, arm: str, s
             raise UserError(f"{where}: there is no stage `{stage}`{nearest(stage, names)}")
         taken[stage] = root / ("smoke" if smoke else "") / name / f"{slug(source)}-seed{seed}" / stage
         stages[stage] = None
-        following = [s for s in names[names.index(stage) + 1 :] if s not in take][:1]
+        after = names[names.index(stage) + 1 :]
+        following = [s for s in after if s not in take and stages.get(s, {}) is not None][:1]
         for later in following:
             stages.setdefault(later, {}).setdefault("init_from", str(taken[stage] / "checkpoints" / "last.ckpt"))
     if stages:
@@ -182,7 +191,8 @@ def _cell(merged: Settings, files: list[str], name: str, root: Path, arm: str, s
         if names and stage not in names:
             where = merged.origin(("sweep", "test"))
             raise UserError(f"{where}: there is no stage `{stage}` to test{nearest(stage, names)}")
-    return Cell(arm, seed, file, runs, taken, tested, next(iter(take.values()), arm))
+    cell = Cell(arm, seed, file, runs, taken, tested, next(iter(take.values()), arm))
+    return replace(cell, tested=tuple(stage for stage in tested if cell.has(stage)))
 
 
 def run(cell: Cell, overrides: list[str], smoke: bool) -> int:

@@ -129,3 +129,30 @@ def test_scores_leave_out_what_does_not_apply(tmp_path: Path) -> None:
     kept.add(["a", "b"], style_error=np.array([0.5, float("nan")]))
     kept.write(tmp_path)
     assert json.loads((tmp_path / "scores.json").read_text()) == {"style error": {"a": 0.5}}
+
+
+def test_a_claim_may_compare_two_measures(tmp_path: Path) -> None:
+    from lit_gen.report import judge
+
+    kept = Scores()
+    kept.add(list("abcd"), short=np.array([0.1, 0.2, 0.3, 0.4]), long=np.array([0.6, 0.7, 0.8, 0.9]))
+    kept.write(tmp_path)
+    cell = sweep.Cell("arm", 0, tmp_path, (), {"stage": tmp_path}, ("stage",), "arm")
+    claim = {"say": "x", "measure": "short", "arm": "arm", "below": "arm", "against": "long"}
+    verdict = judge(claim, {"arm": [cell]}, {"short": {}, "long": {}})
+    assert verdict.holds == "yes" and abs(verdict.figure.mean + 0.5) < 1e-6
+    with pytest.raises(UserError, match="no measure `lng`, did you mean `long`"):
+        judge(claim | {"against": "lng"}, {"arm": [cell]}, {"short": {}, "long": {}})
+
+
+def test_an_arm_may_do_without_a_stage(lit_gen: Command, here: Path) -> None:
+    without = "    pictures: {stages: {two: null}}\n    only two: {stages: {one: null}}\n"
+    (here / "arms.yaml").write_text(TOY + SWEEP.replace("[0, 1, 2]", "[0]").replace("  report:", without + "  report:"))
+    cells = {cell.arm: cell for cell in sweep.read(["arms.yaml"]).cells}
+    assert cells["pictures"].tested == ("one",) and cells["only two"].tested == ("two",)
+    with pytest.raises(UserError, match="arm `pictures` has no stage `two`"):
+        cells["pictures"].folder("two")
+    assert lit_gen("sweep", "-c", "arms.yaml") == 0
+    assert not Path("runs/arms/pictures-seed0/two").exists() and not Path("runs/arms/only-two-seed0/one").exists()
+    report = Path("results/toy.md").read_text()  # whose measure is of stage two
+    assert "| only two |" in report and "| pictures |" not in report

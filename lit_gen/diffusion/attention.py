@@ -80,21 +80,22 @@ def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
     return dict(sorted(found.items(), key=lambda item: EXECUTION_ORDER.index(item[0].split(".")[0])))
 
 
-def attach_style(unet: nn.Module, layers: nn.ModuleList) -> None:
+def attach_style(unet: nn.Module, layers: nn.ModuleList | None) -> None:
     """Give `unet` processors that read the style layers, which stay the property of their owner.
 
     Args:
         unet: UNet2DConditionModel or UNetMotionModel.
-        layers: one StyleLayer per spatial cross-attention, in execution order.
+        layers: one StyleLayer per spatial cross-attention, in execution order; None to append the style tokens to the
+            text instead (the paper's ablation).
     """
     styled = cross_attentions(unet)
-    if len(styled) != len(layers):
+    if layers is not None and len(styled) != len(layers):
         raise ValueError(f"{len(layers)} style layers for {len(styled)} cross-attention layers")
     for name, module in unet.named_modules():
         if name.endswith(".attn1") and not any(part in name.split(".") for part in TEMPORAL):
             module.set_processor(TextAttention())
-    for index, (attention, layer) in enumerate(zip(styled.values(), layers, strict=True)):
-        attention.set_processor(StyledAttention(layer, index))
+    for index, attention in enumerate(styled.values()):
+        attention.set_processor(AppendedAttention() if layers is None else StyledAttention(layers[index], index))
 
 
 class TextAttention:
@@ -118,11 +119,20 @@ class TextAttention:
         key, value = _heads(attn.to_k(context), attn.heads), _heads(attn.to_v(context), attn.heads)
         out = _join(F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask))  # B N C
         if style is not None:
-            out = self.add_style(out, query, style, attn.heads)
+            out = self.add_style(out, attn, query, key, value, style)
         return attn.to_out[1](attn.to_out[0](out))
 
-    def add_style(self, out: Tensor, query: Tensor, style: Style, heads: int) -> Tensor:
-        """`out` plus the style branch; nothing in layers that are not styled."""
+    def add_style(
+        self, out: Tensor, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, style: Style
+    ) -> Tensor:
+        """`out` B N C with the style in it; unchanged in layers that are not styled.
+
+        Args:
+            out: what attention to the text gave.
+            attn: the layer.
+            query, key, value: of the text's attention, B h N d and twice B h L d.
+            style: the condition.
+        """
         return out
 
 
@@ -137,13 +147,27 @@ class StyledAttention(TextAttention):
     def __init__(self, layer: StyleLayer, index: int) -> None:
         self.layer, self.index = layer, index
 
-    def add_style(self, out: Tensor, query: Tensor, style: Style, heads: int) -> Tensor:
-        key = _heads(self.layer.to_k_style(style.tokens), heads)
-        value = _heads(self.layer.to_v_style(style.tokens), heads)
+    def add_style(
+        self, out: Tensor, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, style: Style
+    ) -> Tensor:
+        key = _heads(self.layer.to_k_style(style.tokens), attn.heads)
+        value = _heads(self.layer.to_v_style(style.tokens), attn.heads)
         branch = self.layer.norm_style(_join(F.scaled_dot_product_attention(query, key, value)))
         # The mask multiplies after the norm: LN(0) is its bias, not 0.
         scale = style.scale[:, self.index] if style.mask is None else style.scale[:, self.index] * style.mask
         return out + scale.to(branch.dtype).view(-1, 1, 1) * branch
+
+
+class AppendedAttention(TextAttention):
+    """One attention to text and style tokens together, through the text's keys and values (ablation of the paper)."""
+
+    def add_style(
+        self, out: Tensor, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, style: Style
+    ) -> Tensor:
+        key = torch.cat([key, _heads(attn.to_k(style.tokens), attn.heads)], dim=2)
+        value = torch.cat([value, _heads(attn.to_v(style.tokens), attn.heads)], dim=2)
+        both = _join(F.scaled_dot_product_attention(query, key, value))
+        return both if style.mask is None else torch.where(style.mask.view(-1, 1, 1) > 0, both, out)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

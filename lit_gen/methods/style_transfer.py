@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import torch
 from torch import Tensor, nn
 
-from lit_gen.data.images import centre_crop, to_tensor
-from lit_gen.errors import UserError
+from lit_gen.data.facts import scenes_from_facts
+from lit_gen.data.styled import strip_style
+from lit_gen.metrics.agreement import compare
+from lit_gen.metrics.prompt import ContentAccuracy, LeakRate
+from lit_gen.metrics.reading import Reading
+from lit_gen.metrics.style import StyleError
+from lit_gen.metrics.video import Flicker, MotionAccuracy, flicker
+from lit_gen.world import grammar
+from lit_gen.world.scene import Scenes
+from lit_gen.world.styles import style_error
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+CONTENT = ("shape", "colour")  # what of a prompt must survive any style
+Values = dict[str, Tensor]  # of single samples, B each, by the name of the measure; nan where one does not apply
+
+
+# -- which reference goes with which prompt ---------------------------------------------------------------------------
 
 
 def partners(batch: dict[str, Any]) -> list[int]:
@@ -46,20 +57,55 @@ def _content(caption: str, facts: dict[str, Any]) -> set[Any]:
     return {kind for kind in facts["kind"] if kind >= 0} if "kind" in facts else {caption}
 
 
-def in_nearest_style(facts: Sequence[dict[str, Any]], style_parameters: Tensor) -> tuple[list[str], Any]:
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def plain_prompts(batch: dict[str, Any]) -> list[str]:
+    """The captions of a batch without what they say of the style, whatever the model is trained on."""
+    plain = [strip_style(caption) for caption in batch["caption"]]
+    return [
+        grammar.strip_style(caption) if "style_parameters" in facts else caption
+        for caption, facts in zip(plain, batch["facts"], strict=True)
+    ]
+
+
+def in_nearest_style(facts: Sequence[dict[str, Any]], style_parameters: Tensor) -> tuple[list[str], Scenes]:
     """The strongest thing words can do: captions that name the style nearest to the wanted one, and their scenes.
 
     Args:
         facts: of B samples, their contents.
         style_parameters: the wanted styles, B P.
     """
-    from lit_gen.data.facts import scenes_from_facts
-    from lit_gen.world.grammar import captions
     from lit_gen.world.styles import NAMED, nearest_named
 
     named = nearest_named(style_parameters.cpu())
     scenes = scenes_from_facts(list(facts)).replace(style=named, style_parameters=NAMED[named])
-    return [caption.text for caption in captions(scenes)], scenes
+    return [caption.text for caption in grammar.captions(scenes)], scenes
+
+
+# -- measures ---------------------------------------------------------------------------------------------------------
+
+
+def values_of(reading: Reading, scenes: Scenes, references: Scenes) -> Values:
+    """What the oracle found in single pictures.
+
+    Args:
+        reading: of B pictures.
+        scenes: B, of their prompts.
+        references: B, of their references, whose style is the wanted one.
+    """
+    agreement = compare(reading, scenes)
+    right = sum((agreement.right[name] & agreement.counted[name]).sum(1) for name in CONTENT)
+    accuracy = right / sum(agreement.counted[name].sum(1) for name in CONTENT)
+    nothing = torch.full_like(accuracy, torch.nan)
+    foreign = references.kind[:, :1]
+    shown = ((reading.kind == foreign) & reading.present).any(1)
+    return {
+        "style error": style_error(reading.style_parameters, references.style_parameters),
+        "content accuracy": accuracy,
+        "content accuracy of several objects": accuracy.where((scenes.kind >= 0).sum(1) > 1, nothing),
+        "leak rate": shown.to(accuracy.dtype).where((scenes.kind != foreign).all(1), nothing),
+    }
 
 
 class PictureScores(nn.Module):
@@ -71,18 +117,16 @@ class PictureScores(nn.Module):
 
     def __init__(self, oracle: str) -> None:
         super().__init__()
-        from lit_gen.metrics.prompt import ContentAccuracy, LeakRate
-        from lit_gen.metrics.style import StyleError
-
         self.style, self.leak = StyleError(oracle), LeakRate(oracle)
-        self.content = ContentAccuracy(oracle, ("shape", "colour"))
+        self.content = ContentAccuracy(oracle, CONTENT)
 
-    def update(self, pictures: Tensor, scenes: Any, references: Any) -> None:
+    def update(self, pictures: Tensor, scenes: Scenes, references: Scenes) -> Values:
         """pictures B 3 H W; scenes of the prompts, and of the references, whose style is the wanted one."""
         reading = self.style.read(pictures)
         self.style.update(reading, references.style_parameters)
         self.content.update(reading, scenes)
         self.leak.update(reading, scenes, references)
+        return values_of(reading, scenes, references)
 
     def compute(self) -> dict[str, Tensor]:
         """Scalars by name; forgets what was seen."""
@@ -97,7 +141,7 @@ class PictureScores(nn.Module):
 
 
 class ClipScores(nn.Module):
-    """Of clips: flicker and how often the motion is right; with an oracle also the style error of the middle frame.
+    """Of clips: flicker, and with an oracle whether the motion is right, what the middle frame shows, style drift.
 
     Args:
         oracle: folder of the oracle, or None for flicker alone.
@@ -105,58 +149,38 @@ class ClipScores(nn.Module):
 
     def __init__(self, oracle: str | None) -> None:
         super().__init__()
-        from lit_gen.metrics.style import StyleError
-        from lit_gen.metrics.video import Flicker, MotionAccuracy
-
         self.flicker, self.real_flicker = Flicker(), Flicker()
         self.motion = MotionAccuracy(oracle) if oracle else None
-        self.style = StyleError(oracle) if oracle else None
+        self.pictures = PictureScores(oracle) if oracle else None
 
-    def update(self, clips: Tensor, real: Tensor, scenes: Any | None, style_parameters: Tensor | None) -> None:
-        """clips and real B F 3 H W; scenes of the prompts and wanted styles B P where they are known."""
+    def update(self, clips: Tensor, real: Tensor, scenes: Scenes | None, references: Scenes | None) -> Values:
+        """clips and real B F 3 H W; scenes of the prompts and of the references where they are known."""
         self.flicker.update(clips)
         self.real_flicker.update(real)
-        if self.motion is not None and scenes is not None:
-            self.motion.update(clips, scenes)
-            self.style.update(clips[:, clips.shape[1] // 2], style_parameters)
+        own = flicker(clips.float())
+        values = {"flicker": own, "flicker, times real": own / flicker(real.float()).clamp(min=1e-6)}
+        if self.motion is not None and scenes is not None and references is not None:
+            seen = self.motion.oracle(clips.device).read_video(clips)
+            self.motion.update(seen, scenes)
+            values["motion accuracy"] = (seen.motion == scenes.motion.clamp(min=0)).float()
+            values |= self.pictures.update(clips[:, clips.shape[1] // 2], scenes, references)
+            values["style drift"] = self.drift(clips)
+        return {f"{name} of clips": value for name, value in values.items()}
+
+    def drift(self, clips: Tensor) -> Tensor:
+        """Mean style error between neighbouring frames of clips B F 3 H W: B; 0 if the style stays what it is."""
+        style = self.motion.read(clips.flatten(0, 1)).style_parameters.unflatten(0, clips.shape[:2])
+        before, after = style[:, :-1], style[:, 1:]
+        return style_error(before.flatten(0, 1), after.flatten(0, 1)).unflatten(0, before.shape[:2]).mean(1)
 
     def compute(self) -> dict[str, Tensor]:
         """Scalars by name; forgets what was seen."""
-        flicker, real = self.flicker.compute(), self.real_flicker.compute()
-        scores = {"flicker": flicker, "flicker, times real": flicker / real}
+        real, generated = self.real_flicker.compute(), self.flicker.compute()
+        scores = {"flicker": generated, "flicker, times real": generated / real}
         if self.motion is not None and self.motion.update_called:
             scores["motion accuracy"] = self.motion.compute()["motion"]
-            scores["style error"] = self.style.compute()["error"]
-        for metric in (self.flicker, self.real_flicker, self.motion, self.style):
+            scores |= self.pictures.compute()
+        for metric in (self.flicker, self.real_flicker, self.motion):
             if metric is not None:
                 metric.reset()
         return scores
-
-
-def read_references(paths: Sequence[str], size: int) -> list[tuple[str, Tensor]]:
-    """Style references from picture files and folders of them: (name, 3 size size in [-1, 1]), centre cropped.
-
-    Raises:
-        UserError: a path that does not exist, a folder without pictures, or a file that is no picture.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
-            if not inside:
-                raise UserError(f"style {str(path)!r}: the folder has no pictures ({', '.join(PICTURES)})")
-            files += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"style {str(path)!r}: no such file or folder")
-    return [(file.stem, _read_picture(file, size)) for file in files]
-
-
-def _read_picture(file: Path, size: int) -> Tensor:
-    try:
-        with Image.open(file) as opened:
-            picture = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"style {str(file)!r} is not a picture that can be read") from error
-    return to_tensor(centre_crop(picture, size))

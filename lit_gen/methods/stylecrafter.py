@@ -1,4 +1,4 @@
-"""StyleCrafter (arXiv 2312.00330): pictures and clips of a prompt in the style of a reference picture.
+"""StyleCrafter (arXiv 2312.00330): pictures and clips of a prompt in the style of reference pictures.
 
 Stage "adapter": on stylised pictures, learns style tokens read from a crop of the picture and a style cross-attention
 beside the text's. Stage "temporal": on the same pictures and ordinary clips, finetunes only the motion modules, so that
@@ -7,105 +7,99 @@ styled clips stay steady although no styled clip was ever seen.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lit_gen.callbacks.samples import contact_sheet, save
-from lit_gen.data.facts import scenes_from_facts
+from lit_gen.callbacks.samples import save
 from lit_gen.data.styled import strip_style
-from lit_gen.diffusion.attention import Style, attach_style
-from lit_gen.diffusion.base import PIPELINE_PARTS, load_base
+from lit_gen.diffusion.attention import Style
+from lit_gen.diffusion.base import PIPELINE_PARTS, Base, load_base
 from lit_gen.diffusion.image_prompt import encode_image
 from lit_gen.diffusion.objective import Schedule
-from lit_gen.diffusion.sampling import Denoise, classifier_free, ddim, noise_from, two_scale
+from lit_gen.diffusion.sampling import ddim, noise_from
 from lit_gen.diffusion.style_adapter import Adapter, StyleAdapter
 from lit_gen.diffusion.temporal import motion_modules, motion_unet
-from lit_gen.diffusion.text import encode_text
+from lit_gen.diffusion.text import TextCondition
+from lit_gen.diffusion.videocrafter import TemporalLayers
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Method, Optimizer
-from lit_gen.methods.style_transfer import (
-    ClipScores,
-    PictureScores,
-    in_nearest_style,
-    partners,
-    read_references,
-    strangers,
-)
+from lit_gen.methods.stylecrafter_files import load_adapter, save_all, size_of
+from lit_gen.methods.stylecrafter_judgement import Judgement, random_view, real_samples, seed_of
+from lit_gen.methods.stylecrafter_requests import Request, read_requests, sheets
+from lit_gen.methods.stylecrafter_sampling import Sampling, guided
+from lit_gen.methods.stylecrafter_weights import read_temporal
 
-# Groups of validation scalars: our pictures, and those of the untouched base told the nearest style's name.
-ADAPTER, WORDS = "adapter", "base with style words"
-
-
-@dataclass
-class Sampling:
-    """How pictures and clips are drawn.
-
-    Args:
-        steps: DDIM steps.
-        eta: 0 deterministic, 1 as noisy as DDPM.
-        text_scale: guidance towards the prompt, l_t of Eq. 2.
-        style_scale: guidance towards the style, l_s of Eq. 2.
-    """
-
-    steps: int = 50
-    eta: float = 1.0
-    text_scale: float = 7.5
-    style_scale: float = 5.0
+PICTURES, CLIPS = 8, 2  # that `predict` draws together
 
 
 class StyleCrafter(Method):
     """Style adapter and temporal finetuning.
 
     Args:
-        base: Hub id, diffusers folder or single-file checkpoint of the text-to-image model.
-        stage: "adapter" trains the style adapter on pictures; "temporal" the motion modules on pictures and clips.
+        base: Hub id, diffusers folder or single-file checkpoint of the text-to-image model; of the SDXL kind only in
+            stage "adapter".
+        stage: "adapter" trains the style adapter on pictures; "temporal" the motion modules on pictures and clips;
+            "joint" both at once (the paper's ablation).
         motion: folder or Hub id of the motion adapter; by default `motion_adapter/` in the base's folder.
         image_encoder: folder or Hub id of the CLIP vision model; by default `image_encoder/` in the base's folder.
         config: for a single-file base, the diffusers folder with its model configs and tokenizer.
         adapter: size of the style adapter.
+        adapter_weights: what it starts from: a folder that `export` wrote, which also tells its size, or a released
+            file (adapter_v1.pth, stylecrafter_sdxl.ckpt).
+        temporal_weights: released temporal layers (temporal_v1.pth), in the place of the base's.
         style_weight: strength of the style, lambda.
         drop_style: share of training samples that get no style; the paper drops none.
+        decoupled: the reference is another view of the picture; false makes it the picture (the paper's ablation).
         timestep_bias: timesteps are drawn with a density proportional to t to this power; the paper's 0 is uniform.
         error_of: what the squared error is of: the "noise", as in the paper, or the "clean" latent that the predicted
             noise implies. The colours of a small picture show through all but the strongest noise, so there the paper's
             loss learns little from the reference (ours: bias 2 and "clean" find the style in a tenth of the steps).
         style_zoom: short side of the picture a clip's reference is cropped from, in units of the clip's size.
+        negative: the prompt of the unconditional term; SDXL's released code has "monochrome, lowres, bad anatomy, ...".
         image_sampling: how pictures are drawn.
         video_sampling: how clips are drawn.
         oracle: folder of the oracle that scores validation samples of the world; null for data without ground truth.
-        prompts: what `predict` draws.
-        styles: reference pictures, or folders of them, that `predict` draws each prompt in the style of.
+        prompts: what `predict` draws; texts, or .txt files with one in each line.
+        styles: what `predict` draws each prompt in the style of: pictures, folders of them, or several pictures with
+            ";" between for one style together.
+        pairs: a .csv with the columns prompt and style (again with ";"), each row of which `predict` draws.
         frames: clip length in `predict`; 1 draws pictures. By default pictures after "adapter", 8 after "temporal".
+        export_released: `export` also writes the weights in the layout of the released files.
+        temporal_lr: peak learning rate of the motion modules in stage "joint"; by default the optimizer's.
         optimizer: settings of the optimizer.
     """
 
     def __init__(
         self,
         base: str = "data/world-base",
-        stage: Literal["adapter", "temporal"] = "adapter",
+        stage: Literal["adapter", "temporal", "joint"] = "adapter",
         motion: str | None = None,
         image_encoder: str | None = None,
         config: str | None = None,
         adapter: Adapter = Adapter(),
+        adapter_weights: str | None = None,
+        temporal_weights: str | None = None,
         style_weight: float = 1.0,
         drop_style: float = 0.0,
+        decoupled: bool = True,
         timestep_bias: float = 0.0,
         error_of: Literal["noise", "clean"] = "noise",
         style_zoom: float = 800 / 512,
+        negative: str = "",
         image_sampling: Sampling = Sampling(),
         video_sampling: Sampling = Sampling(text_scale=15.0, style_scale=7.5),
         oracle: str | None = None,
         prompts: list[str] | None = None,
         styles: list[str] | None = None,
+        pairs: str | None = None,
         frames: int | None = None,
+        export_released: bool = False,
+        temporal_lr: float | None = None,
         optimizer: Optimizer = Optimizer(),
     ) -> None:
         super().__init__(optimizer)
@@ -114,55 +108,98 @@ class StyleCrafter(Method):
                 f'model.frames is {frames}, but stage "adapter" draws pictures; clips need stage "temporal"'
             )
         self.stage, self.style_weight, self.drop_style, self.style_zoom = stage, style_weight, drop_style, style_zoom
-        self.timestep_bias, self.error_of = timestep_bias, error_of
-        self.image_layer = adapter.image_layer
-        self.image_sampling, self.video_sampling = image_sampling, video_sampling
-        self.prompts, self.styles = prompts or [], styles or []
-        self.frames = frames or (8 if stage == "temporal" else 1)
-        extra = ("image_encoder", "motion_adapter") if stage == "temporal" else ("image_encoder",)
-        self.base = load_base(base, motion, (*PIPELINE_PARTS, *extra), image_encoder=image_encoder, config=config)
+        self.decoupled, self.timestep_bias, self.error_of = decoupled, timestep_bias, error_of
+        self.negative, self.image_sampling, self.video_sampling = negative, image_sampling, video_sampling
+        self.prompts, self.styles, self.pairs = prompts or [], styles or [], pairs
+        self.frames = frames or (1 if stage == "adapter" else 8)
+        self.export_released, self.temporal_lr = export_released, temporal_lr
+        self.base = _load(base, stage, motion, image_encoder, config, temporal_weights)
+        self.downscale = 2 ** (len(self.base.vae.config.block_out_channels) - 1)  # pixels of a latent
+        for how in (image_sampling, video_sampling):
+            if how.size is not None and any(side <= 0 or side % self.downscale for side in how.size):
+                raise UserError(f"sampling.size {list(how.size)}: base {base!r} draws multiples of {self.downscale}")
         for convolutional in (self.base.vae, self.base.unet):  # the faster layout, on CPUs too
             convolutional.to(memory_format=torch.channels_last)
         self.schedule = Schedule(self.base.scheduler)
         # After the base is loaded: the style layers start from its text keys and values.
-        self.adapter = StyleAdapter(self.base.unet, self.base.image_encoder.config.hidden_size, adapter)
+        self.adapter_size = size_of(adapter_weights, adapter)
+        self.adapter = StyleAdapter(self.base.unet, self.base.image_encoder.config.hidden_size, self.adapter_size)
+        if adapter_weights:
+            load_adapter(adapter_weights, self.adapter, self.base)
+            # so that a checkpoint is enough to predict from, even where these weights are not trained
+            self._inherited |= {f"adapter.{name}" for name in self.adapter.state_dict()}
         self.motion_unet: nn.Module | None = None
-        if stage == "temporal":
-            self.adapter.requires_grad_(False)
+        if stage != "adapter":
+            self.adapter.requires_grad_(stage == "joint")
+            if temporal_weights:
+                self.base.motion_adapter = TemporalLayers.for_unet(self.base.unet)
+                read_temporal(temporal_weights, self.base.motion_adapter)
             self.motion_unet = motion_unet(self.base.unet, self.base.motion_adapter)
             self.base.motion_adapter = None  # its layers now belong to the motion UNet
             for modules in motion_modules(self.motion_unet):
                 modules.requires_grad_(True)
-        judged = stage == "adapter" and oracle is not None
-        self.scores = nn.ModuleDict({name: PictureScores(oracle) for name in (ADAPTER, WORDS)} if judged else {})
-        self.clip_scores = ClipScores(oracle) if stage == "temporal" else None
+        self.judgement = Judgement(stage, oracle)
         self._shown: dict[str, Tensor] = {}
-        self._drawn: list[tuple[Tensor, list[Tensor]]] = []
+        self._drawn: list[tuple[Request, list[Tensor]]] = []
         # Last: a motion UNet makes its own processors when it is built; the spatial layers, now shared, get ours.
-        attach_style(self.base.unet, self.adapter.layers)
+        self.adapter.attach(self.base.unet)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        if self.stage != "joint":
+            return super().parameter_groups()
+        adapter = list(self.adapter.parameters())
+        temporal = [p for p in self.motion_unet.parameters() if p.requires_grad]
+        return [{"params": adapter}, {"params": temporal, "lr": self.temporal_lr or self.optimizer_settings.lr}]
 
     # -- conditions and network ---------------------------------------------------------------------------------------
 
-    def text(self, prompts: Sequence[str], strict: bool = False) -> Tensor:
-        """Text states B L D."""
-        return encode_text(self.base.tokenizer, self.base.text_encoder, prompts, strict)
+    def text(self, prompts: Sequence[str], strict: bool = False, size: tuple[int, int] | None = None) -> TextCondition:
+        """What the UNet is told of B prompts, for pictures of some size (height, width in pixels)."""
+        return self.base.text_condition(prompts, strict, size)
 
-    def style(self, references: Tensor, text: Tensor) -> Style:
-        """Style condition from references B 3 h w in [-1, 1] (or B N 3 h w, N references each) and text states."""
-        batch = len(references)
-        images = references if references.ndim == 4 else references.flatten(0, 1)
-        tokens = encode_image(self.base.image_encoder, self.base.image_processor, images, self.image_layer)
-        return self.adapter(tokens.unflatten(0, (batch, -1)).flatten(1, 2), text, self.style_weight)
+    def style(self, references: Tensor | Sequence[Tensor], text: TextCondition, mask: Tensor | None = None) -> Style:
+        """Style condition of B samples.
 
-    def network(self, noisy: Tensor, t: Tensor, text: Tensor, style: Style | None) -> Tensor:
+        Args:
+            references: B 3 h w in [-1, 1]; B N 3 h w, N references each; or for each sample its own N 3 h w, where N
+                may differ and a sample without any is drawn by the plain base. Their order changes nothing.
+            text: of the samples.
+            mask: B, 1 styled and 0 the plain base; by default all are styled.
+        """
+        if isinstance(references, Tensor) and references.ndim == 4:
+            references = references[:, None]
+        if isinstance(references, Tensor):
+            counts, images = [references.shape[1]] * len(references), references.flatten(0, 1)
+        else:
+            counts, images = [len(own) for own in references], torch.cat(list(references))
+        tokens = encode_image(
+            self.base.image_encoder, self.base.image_processor, images, self.adapter_size.image_layer
+        )  # of all references, one after the other: sum(N) T W
+        padding = None
+        if len(set(counts)) == 1:
+            tokens = tokens.unflatten(0, (len(counts), -1)).flatten(1, 2)  # B (N T) W
+        else:
+            parts = [own.flatten(0, 1) for own in tokens.split(counts)]
+            padding = torch.arange(max(map(len, parts)), device=tokens.device)
+            padding = padding >= torch.tensor([len(own) for own in parts], device=tokens.device)[:, None]
+            tokens = nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        condition = self.adapter(tokens, text.states, self.style_weight, padding)
+        if mask is not None or not all(counts):
+            given = torch.tensor([float(count > 0) for count in counts]).to(condition.scale)
+            condition.mask = given if mask is None else given * mask.to(condition.scale)
+        return condition
+
+    def network(self, noisy: Tensor, t: Tensor, text: TextCondition, style: Style | None) -> Tensor:
         """The UNet's output at noisy latents: B C h w through the 2D path, B F C h w through the temporal layers."""
         if noisy.ndim == 4:
             given = None if style is None else {"style": style}
-            return self.base.unet(noisy, t, text, cross_attention_kwargs=given).sample
+            return self.base.unet(noisy, t, **text.arguments, cross_attention_kwargs=given).sample
         frames = noisy.shape[1]
         given = None if style is None else {"style": style.repeat_frames(frames)}
-        text = text.repeat_interleave(frames, 0)  # UNetMotionModel wants one per frame
-        return self.motion_unet(noisy.transpose(1, 2), t, text, cross_attention_kwargs=given).sample.transpose(1, 2)
+        text = text.repeat_frames(frames)  # motion UNets want one per frame
+        return self.motion_unet(
+            noisy.transpose(1, 2), t, **text.arguments, cross_attention_kwargs=given
+        ).sample.transpose(1, 2)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -174,27 +211,53 @@ class StyleCrafter(Method):
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Noise prediction error per sample [B] of a batch of pictures or clips."""
-        clips = "video" in batch  # whose captions come as they are; those of pictures are stripped by their data module
-        text = self.text([strip_style(c) for c in batch["caption"]] if clips else batch["caption"])
-        if clips:
-            video = batch["video"]
-            latents = self.base.encode(video.flatten(0, 1)).unflatten(0, video.shape[:2])  # B F C h w
-            # Unpublished in the paper; a frame of the clip itself, as the pictures' references come from themselves.
-            frame = torch.randint(video.shape[1], (len(video),), device=video.device)
-            references = random_view(video[torch.arange(len(video), device=video.device), frame], self.style_zoom)
-        else:
-            latents, references = self.base.encode(batch["image"]), batch["style"]
-            if self.stage == "temporal":
-                # A clip of one frame: temporal attention then sees only itself, the identity mask of the paper's code.
-                latents = latents[:, None]
-        style = self.style(references, text)
+        encoded = batch if "posterior" in batch else self.encode_for_cache(batch)
+        latents = self.base.draw(encoded["posterior"])  # B C h w, of clips B F C h w
+        dtype = self.base.text_encoder.dtype
+        pooled = encoded["text_embeds"].to(dtype) if "text_embeds" in encoded else None
+        height, width = (side * self.downscale for side in latents.shape[-2:])
+        text = self.base.told(encoded["text_states"].to(dtype), pooled, (height, width))
+        style = self.style(self.references(batch), text)
+        if "video" not in batch and self.stage != "adapter":
+            # A clip of one frame: temporal attention then sees only itself, the identity mask of the paper's code.
+            latents = latents[:, None]
         noise = torch.randn_like(latents)
         t = self.schedule.sample_timesteps(len(latents), latents.device, self.timestep_bias)
         if self.drop_style > 0:
-            style.mask = (torch.rand(len(text), device=text.device) >= self.drop_style).to(style.scale.dtype)
+            style.mask = (torch.rand(len(text), device=latents.device) >= self.drop_style).to(style.scale.dtype)
         output = self.network(self.schedule.add_noise(latents, noise, t), t, text, style)
         error = self.schedule.loss(output, latents, noise, t)
         return error * self.schedule.clean_weight(t) if self.error_of == "clean" else error
+
+    def references(self, batch: dict[str, Any]) -> Tensor:
+        """The pictures B 3 h w that the samples of a training batch are to learn their style from: themselves."""
+        if "video" in batch:
+            video = batch["video"]
+            # Unpublished in the paper; a frame of the clip itself, as the pictures' references come from themselves.
+            frame = torch.randint(video.shape[1], (len(video),), device=video.device)
+            chosen = video[torch.arange(len(video), device=video.device), frame]
+            return random_view(chosen, self.style_zoom if self.decoupled else 1.0)
+        if self.decoupled:
+            return batch["style"]
+        if "image" not in batch:
+            raise UserError("model.decoupled is false, which reads the pictures themselves; leave out data's `cached`")
+        return batch["image"]
+
+    def cached_parts(self) -> dict[str, Any]:
+        names = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "vae")
+        return {name: part for name in names if (part := getattr(self.base, name)) is not None}
+
+    @torch.no_grad()
+    def encode_for_cache(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Text and latents; the style comes from another view in every epoch."""
+        if "video" in batch:  # whose captions come as they are; those of pictures are stripped by their data module
+            video, captions = batch["video"], [strip_style(caption) for caption in batch["caption"]]
+            posterior = self.base.posterior(video.flatten(0, 1)).unflatten(0, video.shape[:2])  # B F 2 C h w
+        else:
+            captions, posterior = batch["caption"], self.base.posterior(batch["image"])  # B 2 C h w
+        text = self.text(captions)
+        pooled = {} if text.added is None else {"text_embeds": text.added["text_embeds"]}
+        return {"text_states": text.states, "posterior": posterior, **pooled}
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
@@ -202,123 +265,64 @@ class StyleCrafter(Method):
     def sample(
         self,
         prompts: Sequence[str],
-        references: Tensor | None,
+        references: Tensor | Sequence[Tensor] | None,
         seeds: Sequence[int],
         frames: int = 1,
         strict: bool = False,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Draw one picture (or clip) per prompt.
 
         Args:
             prompts: B texts.
-            references: B 3 h w in [-1, 1] (or B N 3 h w), or None for the untouched base.
+            references: as of `style`, or None for the untouched base.
             seeds: B numbers that fix the noise of each sample.
             frames: 1 for pictures through the 2D path, more for clips.
             strict: refuse prompts that are too long instead of cutting them.
+            mask: as of `style`.
 
         Returns:
             B 3 H W, or B F 3 H W, in [-1, 1].
         """
         how = self.image_sampling if frames == 1 else self.video_sampling
-        unet = self.base.unet.config
-        size = (unet.sample_size, unet.sample_size) if isinstance(unet.sample_size, int) else tuple(unet.sample_size)
-        shape = (unet.in_channels, *size) if frames == 1 else (frames, unet.in_channels, *size)
-        text = self.text(prompts, strict)
-        style = None if references is None else self.style(references, text)
-        noise = noise_from(list(seeds), shape, text.device)
-        latents = ddim(self.guided(text, style, how), self.schedule, noise, how.steps, how.eta)
+        height, width = how.size or self.base.picture_size()
+        shape = (self.base.unet.config.in_channels, height // self.downscale, width // self.downscale)
+        text = self.text(prompts, strict, (height, width))
+        null = self.text([self.negative], strict, (height, width)).expand(len(text))
+        style = None if references is None else self.style(references, text, mask)
+        noise = noise_from(list(seeds), shape if frames == 1 else (frames, *shape), text.states.device)
+        latents = ddim(guided(self.network, null, text, style, how), self.schedule, noise, how.steps, how.eta)
         pictures = self.base.decode(latents if frames == 1 else latents.flatten(0, 1))
         return pictures if frames == 1 else pictures.unflatten(0, latents.shape[:2])
-
-    def guided(self, text: Tensor, style: Style | None, how: Sampling) -> Denoise:
-        """Guided network output; all terms of Eq. 2 go through the UNet as one batch."""
-        null = self.text([""]).expand_as(text)
-        # With equal scales e(c_t) falls out of Eq. 2, and with it a third of the work.
-        joint = style is None or how.text_scale == how.style_scale
-        states = torch.cat([null, text] if joint else [null, text, text])
-        terms = len(states) // len(text)
-        styles = None if style is None else Style.cat([style.null()] * (terms - 1) + [style])
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            outputs = self.network(torch.cat([x] * terms), torch.cat([t] * terms), states, styles).chunk(terms)
-            if joint:
-                return classifier_free(*outputs, how.text_scale)
-            return two_scale(*outputs, how.text_scale, how.style_scale)
-
-        return denoise
 
     # -- validation ---------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        batch = real_samples(batch)
+        batch, show = real_samples(batch), batch_idx == 0 and not self.trainer.testing
         if not batch["caption"]:
             return
         self.log("validation loss", self.loss(batch).mean(), batch_size=len(batch["caption"]), sync_dist=True)
         if "video" in batch:
-            self.validate_clips(batch, batch_idx)
+            shown = self.judgement.judge_clips(self, batch, show)
         else:
-            self.validate_pictures(batch, batch_idx)
+            self.judgement.judge_pictures(self, batch)
+            shown = self.judgement.show_pictures(self, batch) if show else {}
+        self._shown = shown or self._shown
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
 
+    def on_validation_epoch_end(self) -> None:
+        # the metrics have already been summed over ranks
+        self.log_dict(self.judgement.scalars(), sync_dist=True)
+
     def on_test_epoch_end(self) -> None:
         self.on_validation_epoch_end()
-
-    def validate_pictures(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Score each prompt in the style of another sample, and the base that is told the nearest style's name."""
-        if self.scores:
-            chosen = partners(batch)
-            scenes = scenes_from_facts(batch["facts"]).to(self.device)
-            seeds = [seed_of(key) for key in batch["key"]]
-            pictures = self.sample(batch["caption"], batch["style"][chosen], seeds)
-            self.scores[ADAPTER].update(pictures, scenes, scenes[torch.tensor(chosen, device=self.device)])
-            wanted = scenes.style_parameters[chosen]
-            words, named = in_nearest_style(batch["facts"], wanted)
-            pictures = self.sample(words, None, seeds)
-            named = named.to(self.device)
-            self.scores[WORDS].update(pictures, named, scenes[torch.tensor(chosen, device=self.device)])
-        if batch_idx == 0:
-            count = max(min(4, len(batch["caption"]) // 2), 1)
-            references = list(batch["style"][strangers(batch, count, count)])
-            self._shown = {"prompts x styles": self.draw_grid(batch["caption"][:count], references)}
-
-    def validate_clips(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Score each prompt's clip in the style of another clip against real clips of those styles."""
-        chosen, video = partners(batch), batch["video"]
-        captions = [strip_style(caption) for caption in batch["caption"]]
-        references = random_view(video[chosen, 0], self.style_zoom)
-        seeds = [seed_of(key) for key in batch["key"]]
-        clips = self.sample(captions, references, seeds, frames=video.shape[1])
-        known = all("style_parameters" in facts for facts in batch["facts"])
-        scenes = scenes_from_facts(batch["facts"]).to(self.device) if known else None
-        self.clip_scores.update(clips, video, scenes, scenes.style_parameters[chosen] if known else None)
-        if batch_idx == 0:
-            rows = [list(references[:4]), list(clips[:4]), list(video[:4])]
-            self._shown = {
-                "clips": contact_sheet(rows, captions[:4], ["reference", "generated", "real clip in its own style"])
-            }
-
-    def on_validation_epoch_end(self) -> None:
-        scores = {name: scores.compute() for name, scores in self.scores.items()}
-        if self.clip_scores is not None:
-            scores["clips"] = self.clip_scores.compute()
-        for group, values in scores.items():  # the metrics have already been summed over ranks
-            self.log_dict({f"{group}/{name}": value for name, value in values.items()}, sync_dist=True)
-        if self.scores:
-            self.log("style error, adapter over words", scores[ADAPTER]["style error"] / scores[WORDS]["style error"])
+        self.judgement.table.write(self.run_dir)
 
     def preview(self) -> dict[str, Tensor]:
         """What the last validation drew, for the `Samples` callback."""
         return self._shown
-
-    def draw_grid(self, prompts: Sequence[str], references: Sequence[Tensor]) -> Tensor:
-        """One sheet 3 H W of every prompt (columns) in every style (rows, references 3 h w in front)."""
-        rows = []
-        for reference in references:
-            seeds = [seed_of(prompt) for prompt in prompts]
-            rows.append(list(self.sample(prompts, reference.expand(len(prompts), -1, -1, -1), seeds)))
-        return contact_sheet(rows, prompts, list(references))
 
     # -- prediction ---------------------------------------------------------------------------------------------------
 
@@ -327,61 +331,66 @@ class StyleCrafter(Method):
             self.trainer.predict_loop._data_source.instance = self
 
     def predict_dataloader(self) -> DataLoader:
-        """Each reference with all prompts.
+        """Each style with its prompts.
 
         Raises:
-            UserError: no prompts or no styles, or a reference that cannot be read.
+            UserError: no prompts or no styles, a reference that cannot be read, or a prompt that is too long.
         """
-        if not self.prompts or not self.styles:
-            missing = "prompts (--prompt TEXT)" if not self.prompts else "styles (--style FILE)"
-            raise UserError(f"predict draws prompts in the style of pictures, and no {missing} were given")
-        return DataLoader(read_references(self.styles, self.base.image_encoder.config.image_size), batch_size=None)
+        requests = read_requests(self.prompts, self.styles, self.pairs, self.base.image_encoder.config.image_size)
+        for prompt in {text for request in requests for text in request.prompts.values()} | {self.negative}:
+            self.text([prompt], strict=True)
+        return DataLoader(requests, batch_size=None)
 
-    def predict_step(self, reference: tuple[str, Tensor], batch_idx: int) -> list[Tensor]:
-        """All prompts in the style of one reference, written to `samples/predict/` of the run folder."""
-        name, picture = reference
-        views = picture.to(self.device).expand(len(self.prompts), -1, -1, -1)
-        seeds = [seed_of(prompt) for prompt in self.prompts]
-        drawn = list(self.sample(self.prompts, views, seeds, self.frames, strict=True).cpu())
-        for i, sample in enumerate(drawn):
-            save(self.predictions / f"{name}-{i:02d}", sample)
-        self._drawn.append((picture.cpu(), drawn))
+    def predict_step(self, request: Request, batch_idx: int) -> list[Tensor]:
+        """All prompts of one style, written to `samples/predict/` of the run folder."""
+        texts, drawn = list(request.prompts.values()), []
+        together = PICTURES if self.frames == 1 else CLIPS
+        for start in range(0, len(texts), together):
+            prompts = texts[start : start + together]
+            views = request.references.to(self.device).expand(len(prompts), -1, -1, -1, -1)
+            drawn += self.sample(prompts, views, [seed_of(p) for p in prompts], self.frames, strict=True).cpu()
+        for number, sample in zip(request.prompts, drawn, strict=True):
+            save(self.predictions / f"{request.name}-{number:02d}", sample)
+        self._drawn.append((request, drawn))
         return drawn
 
     def on_predict_epoch_end(self) -> None:
-        references, rows = zip(*self._drawn, strict=True)
         rank = f"-{self.global_rank}" if self.trainer.world_size > 1 else ""
-        path = save(self.predictions / f"contact-sheet{rank}", contact_sheet(rows, self.prompts, references))
+        for page, sheet in enumerate(sheets(self._drawn)):
+            path = save(self.predictions / f"contact-sheet{rank}{f'-{page}' if page else ''}", sheet)
+            print(f"drawn: {path}")
         self._drawn = []
-        print(f"drawn: {path}")
 
     @property
     def predictions(self) -> Path:
         """Where `predict` writes."""
         return self.run_dir / "samples" / "predict"
 
-
-def random_view(images: Tensor, zoom: float) -> Tensor:
-    """A random crop of each image B 3 H W after enlarging it by `zoom`: the style is kept, the layout is not."""
-    height, width = images.shape[-2:]
-    large = F.interpolate(images, scale_factor=zoom, mode="bicubic", antialias=True).clamp(-1, 1)
-    tops = torch.randint(large.shape[-2] - height + 1, (len(images),)).tolist()
-    lefts = torch.randint(large.shape[-1] - width + 1, (len(images),)).tolist()
-    return torch.stack([x[:, i : i + height, j : j + width] for x, i, j in zip(large, tops, lefts, strict=True)])
+    def export(self, folder: Path) -> None:
+        """Write the adapter to `adapter/`, and after later stages the motion modules to `motion_adapter/`."""
+        save_all(folder, self.adapter, self.adapter_size, self.base, self.motion_unet, self.export_released)
 
 
-def seed_of(*names: str | int) -> int:
-    """A seed that depends on the names alone, so that a sample is the same in any batch and on any rank."""
-    return zlib.crc32(" ".join(map(str, names)).encode())
+def _load(
+    base: str, stage: str, motion: str | None, image_encoder: str | None, config: str | None, temporal: str | None
+) -> Base:
+    """The parts of a base that a stage needs.
 
-
-def real_samples(batch: dict[str, Any]) -> dict[str, Any]:
-    """A validation batch without the samples that only fill its last batch up."""
-    if "valid" not in batch or bool(batch["valid"].all()):
-        return batch
-    keep = batch["valid"].nonzero().squeeze(1).tolist()
-    chosen = {k: v[keep] if isinstance(v, Tensor) else [v[i] for i in keep] for k, v in batch.items() if k in COLUMNS}
-    return batch | chosen
-
-
-COLUMNS = ("image", "video", "style", "style_parameters", "caption", "key", "facts", "valid")
+    Raises:
+        UserError: they are not there, or the stage cannot have this base.
+    """
+    if stage == "adapter" and temporal:
+        raise UserError('model.temporal_weights are of no use in stage "adapter", which has no temporal layers')
+    if motion and temporal:
+        raise UserError("model.motion and model.temporal_weights both say where the temporal layers come from")
+    refusal = UserError(
+        f'base {base!r} is of the SDXL kind, which has no temporal layers: it can only be in stage "adapter"'
+    )
+    if stage != "adapter" and (Path(base) / "text_encoder_2").is_dir():
+        raise refusal
+    moves = stage != "adapter" and not temporal  # else fresh layers take the released weights
+    parts = (*PIPELINE_PARTS, "image_encoder", *(["motion_adapter"] if moves else []))
+    loaded = load_base(base, motion if moves else None, parts, image_encoder=image_encoder, config=config)
+    if stage != "adapter" and loaded.text_encoder_2 is not None:
+        raise refusal
+    return loaded

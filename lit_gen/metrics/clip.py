@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from lit_gen.diffusion.base import TRUSTED
 from lit_gen.errors import UserError
 
 
@@ -36,10 +37,10 @@ class CLIPEncoders(nn.Module):
         if missing:
             raise UserError(f"{folder}: neither a CLIP folder nor a base with its own CLIP ({missing[0]} is missing)")
         if self.joint:
-            self.text = self.vision = CLIPModel.from_pretrained(folder)
+            self.text = self.vision = CLIPModel.from_pretrained(folder, **TRUSTED)
         else:
-            self.text = CLIPTextModel.from_pretrained(folder / "text_encoder")
-            self.vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder")
+            self.text = CLIPTextModel.from_pretrained(folder / "text_encoder", **TRUSTED)
+            self.vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder", **TRUSTED)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder if self.joint else folder / "tokenizer")
         # Read as plain numbers: the processor classes want torchvision, and resize on the CPU.
         processor = folder / ("" if self.joint else "feature_extractor") / "preprocessor_config.json"

@@ -12,8 +12,12 @@ from lit_gen.data.styled import strip_style
 from lit_gen.diffusion.style_adapter import Adapter
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Optimizer
-from lit_gen.methods.style_transfer import partners, read_references, strangers
-from lit_gen.methods.stylecrafter import Sampling, StyleCrafter, real_samples
+from lit_gen.methods.style_transfer import ClipScores, partners, plain_prompts, strangers, values_of
+from lit_gen.methods.stylecrafter import Sampling, StyleCrafter
+from lit_gen.methods.stylecrafter_judgement import real_samples
+from lit_gen.methods.stylecrafter_requests import read_requests
+from lit_gen.metrics import scores
+from lit_gen.metrics.agreement import compare
 from lit_gen.metrics.oracle import Oracle
 from lit_gen.world.grammar import captions
 from lit_gen.world.sampling import sample
@@ -223,8 +227,73 @@ def test_predict_mistakes_are_one_line(tiny_base, tmp_path):
     (tmp_path / "notes.png").write_text("not a picture")
     for path, expected in [("empty", "no pictures"), ("notes.png", "not a picture"), ("gone.png", "no such file")]:
         with pytest.raises(UserError, match=expected):
-            read_references([str(tmp_path / path)], 64)
+            read_requests(["a ball"], [str(tmp_path / path)], None, 64)
     with pytest.raises(UserError, match="--prompt"):
         method(tiny_base, styles=["x.png"]).predict_dataloader()
     with pytest.raises(UserError, match="clips need stage"):
         method(tiny_base, frames=8)
+
+
+@pytest.mark.parametrize("stage", ["adapter", "temporal"])
+def test_every_test_sample_is_scored_by_itself(tiny_base, tmp_path, oracle, stage):
+    model = method(tiny_base, stage, oracle=oracle)
+    clips = stage == "temporal"
+    batch = world("styled-motion" if clips else "styled", 5, frames=3 if clips else None)
+    run = trainer(tmp_path, logger=False, callbacks=[])
+    (means,) = run.test(model, loader(batch), verbose=False)
+    found = scores.read(tmp_path)
+    keys = [f"{i:06d}" for i in range(4)]  # the fifth only fills the batch up
+    end = " of clips" if clips else ""
+    assert list(found[f"style error{end}"]) == keys
+    group = "clips" if clips else "adapter"
+    for name in ("style error", "leak rate"):
+        mean = sum(found[name + end].values()) / len(found[name + end])
+        assert means[f"{group}/{name}"] == pytest.approx(mean, abs=1e-5)
+    assert all(0 <= value <= 1 for value in found[f"content accuracy{end}"].values())
+    if clips:
+        flicker = sum(found["flicker of clips"].values()) / 4
+        assert means["clips/flicker"] == pytest.approx(flicker, rel=1e-4)
+        assert {"flicker, times real of clips", "motion accuracy of clips", "style drift of clips"} <= found.keys()
+    else:
+        words = found["style error, base with style words"]
+        assert means["base with style words/style error"] == pytest.approx(sum(words.values()) / 4, abs=1e-5)
+        assert found["style error"] != words
+
+
+def test_values_of_single_pictures_against_plain_loops():
+    scenes = sample("styled", "test", 0, torch.arange(24))
+    wanted = scenes[torch.arange(24).roll(5)]
+    reading = Oracle(channels=(8, 8, 8, 8), width=16, layers=1).eval().read(torch.rand(24, 3, 64, 64) * 2 - 1)
+    values = values_of(reading, scenes, wanted)
+    agreement = compare(reading, scenes)
+    for i in range(24):
+        objects = [k for k in range(3) if scenes.kind[i, k] >= 0]
+        asked = [(n, k) for n in ("shape", "colour") for k in objects if agreement.counted[n][i, k]]
+        right = sum(bool(agreement.right[n][i, k]) for n, k in asked) / len(asked)
+        assert values["content accuracy"][i] == pytest.approx(right)
+        several = values["content accuracy of several objects"][i]
+        assert several == pytest.approx(right) if len(objects) > 1 else several.isnan()
+        foreign = int(wanted.kind[i, 0])
+        leak = values["leak rate"][i]
+        if foreign in scenes.kind[i].tolist():
+            assert leak.isnan()
+        else:
+            shown = [int(reading.kind[i, k]) for k in range(3) if reading.present[i, k]]
+            assert leak == float(foreign in shown)
+
+
+def test_clips_that_keep_their_style_do_not_drift(oracle):
+    kept = ClipScores(oracle)
+    still = torch.rand(2, 1, 3, 64, 64).expand(-1, 4, -1, -1, -1) * 2 - 1
+    changing = torch.rand(2, 4, 3, 64, 64) * torch.linspace(0.1, 2, 4).view(4, 1, 1, 1) - 1
+    assert kept.drift(still).abs().max() < 1e-5 < kept.drift(changing).min()
+
+
+def test_validation_prompts_never_tell_the_style():
+    scenes = sample("named", "test", 0, torch.arange(8))
+    told = [c.text for c in captions(scenes)]
+    batch = {"caption": told, "facts": facts_from_scenes(scenes)}
+    plain = plain_prompts(batch)
+    assert plain != told and plain == plain_prompts(batch | {"caption": plain})
+    untold = plain_prompts({"caption": ["a painting of a dog", "a dog"], "facts": [{}, {}]})
+    assert untold == ["a dog", "a dog"]
