@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,24 @@ def lit_gen(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return cli.main([str(word) for word in argv])
 
     return run
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """For modules whose tests train under DDP or ZeRO in this process: the group they use, forgotten in the end."""
+    import torch
+
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def distributed(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that trains under DDP or ZeRO in this process; what this sets in the environment is forgotten."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.setenv(name, "")
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,9 @@ def test_command(
     monkeypatch.chdir(reader)
     command = [OWN_FILES.get(word, word) for word in command]
     real = any(word.startswith("experiments/scale/") for word in command)
-    small = ["--print_config" if real else "--smoke"] if command[0] in ("fit", "check", "predict") else []
+    small = {"bench": ["--warmup", "1", "--steps", "1", "--rounds", "1"], "data": [], "list": []}.get(
+        command[0], ["--print_config" if real else "--smoke"]
+    )
     try:
         status = lit_gen(*command, *small)
     except SystemExit as done:  # how --print_config ends

@@ -20,7 +20,7 @@ from data.shard_sets import image_set
 from forks import ROOT, Forks, over, until
 from ranks import RANKS, trained_on
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_experiments import EXPERIMENTS
+from test_experiments import RUN
 from toy import TOY, TWO_STAGES
 
 SHORT = {  # six steps, epochs of four, a checkpoint every second and a validation every third
@@ -128,7 +128,7 @@ def logs(folder: Path) -> str:
     return max(folder.glob("log-*")).read_text()[-3000:]
 
 
-@pytest.mark.parametrize("file", EXPERIMENTS, ids=str)
+@pytest.mark.parametrize("file", RUN, ids=str)
 def test_killed_at_a_random_instant(file: Path, forks: Forks, universe: Path) -> None:
     name = "-".join(file.with_suffix("").parts[1:])
     settings = {"data__init_args__workers": 0} if "base" in file.parts else {}

@@ -153,6 +153,13 @@ class Particles(Method):
                 "discriminator_lr, or take gamma above -1"
             )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["strips"] = self._strips
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._strips = list(checkpoint.get("strips", []))
+
     def as_latents(self) -> Tensor:
         """The particles as latents P*N C h w, with gradient."""
         if self.space == "latents":
@@ -207,7 +214,7 @@ class Particles(Method):
         shown = [list(row[:8]) for row in pictures.split(self.count)]
         result = {"particles": contact_sheet(shown, rows=self.texts, size=size)}
         if self._strips and self.space == "latents":
-            moments = [self.base.decode(latents).cpu() for latents in self._strips]
+            moments = [self.base.decode(latents.to(self.device)).cpu() for latents in self._strips]
             rows = [[moment[p] for moment in moments] for p in range(len(self.texts))]
             result["over time"] = contact_sheet(rows, rows=self.texts, size=size)
         return result

@@ -251,20 +251,23 @@ def test_sdxl_trains_and_draws_in_stage_adapter_alone(sdxl, tmp_path):
     batch = {"image": pictures(2)[..., :32, :32], "style": pictures(2, seed=1), "caption": PROMPTS[:2]}
     encoded = model.encode_for_cache(batch)
     assert encoded.keys() == {"text_states", "posterior", "text_embeds"}
+    seen = []
+    model.base.unet.register_forward_pre_hook(lambda _, a, k: seen.append(k["added_cond_kwargs"]), with_kwargs=True)
     losses = []
     for given in (batch, {"style": batch["style"], "caption": PROMPTS[:2], **encoded}):
         torch.manual_seed(1)
         losses.append(model.loss(given))
     assert torch.equal(*losses)
+    pooled = model.text(PROMPTS[:2]).added["text_embeds"]
+    assert all(torch.equal(given["text_embeds"], pooled) for given in seen) and len(seen) == 2
+    assert seen[0]["time_ids"][0].tolist() == [32, 32, 0, 0, 32, 32]  # of the pictures that it trains on
     losses[0].mean().backward()
     assert all(p.grad is not None for p in model.trainable_parameters())
     drawn = model.sample(PROMPTS[:2], pictures(2), [1, 2])
     assert drawn.shape == (2, 3, 32, 32) and not torch.equal(drawn, model.sample(PROMPTS[:2], None, [1, 2]))
-    seen = []
-    model.base.unet.register_forward_pre_hook(lambda _, a, k: seen.append(k["added_cond_kwargs"]), with_kwargs=True)
     model.image_sampling = Sampling(steps=1, eta=0.0, size=(16, 48))
     assert model.sample(PROMPTS[:1], pictures(1), [1]).shape == (1, 3, 16, 48)
-    assert seen[0]["time_ids"][0].tolist() == [16, 48, 0, 0, 16, 48]
+    assert seen[-1]["time_ids"][0].tolist() == [16, 48, 0, 0, 16, 48]
     with pytest.raises(UserError, match='SDXL kind.*only be in stage "adapter"') as caught:
         method(**sdxl, stage="temporal")
     assert "\n" not in str(caught.value)

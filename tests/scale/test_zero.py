@@ -79,7 +79,7 @@ def test_checkpoints_hold_what_one_process_would_save(case: str, trainings: Trai
         torch.testing.assert_close(found[name], tensor, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("case", [*ZEROS, "zero2 second stage", "zero3 second stage"])
+@pytest.mark.parametrize("case", ["zero2", "zero3", "zero3 second stage"])
 def test_a_resumed_run_is_the_same_bit_for_bit(case: str, trainings: Trainings) -> None:
     folder, results = trainings
     for straight, resumed in zip(results[case], results[f"{case} resumed"], strict=True):
@@ -90,10 +90,8 @@ def test_a_resumed_run_is_the_same_bit_for_bit(case: str, trainings: Trainings) 
     assert one.keys() == other.keys() and all(torch.equal(other[n], t) for n, t in one.items())
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_weights_of_an_earlier_stage_stay_in_the_checkpoint(stage: int, trainings: Trainings) -> None:
-    folder = trainings[0]
-    first, second = last(folder / "zero3"), last(folder / f"zero{stage} second stage")
+def test_weights_of_an_earlier_stage_stay_in_the_checkpoint(trainings: Trainings) -> None:
+    first, second = (last(trainings[0] / case) for case in ("zero2", "zero3 second stage"))
     assert set(first["state_dict"]) < set(second["state_dict"])
     new = set(second["state_dict"]) - set(first["state_dict"])
     assert second["ema"].keys() < new and all(n.endswith(".pe") for n in new - second["ema"].keys())  # a buffer

@@ -96,7 +96,7 @@ def test_a_picture_that_is_a_program(here: Path, monkeypatch: pytest.MonkeyPatch
     """Pillow has Ghostscript run what is EPS, whatever its name."""
     from lit_gen.data.decode import decode
     from lit_gen.data.shards import BadSample
-    from lit_gen.methods.style_transfer import read_references
+    from lit_gen.methods.stylecrafter_requests import read_picture
 
     (here / "gs").write_text(f"#!/bin/sh\ntouch {here / CANARY}\n")
     (here / "gs").chmod(0o755)
@@ -107,7 +107,7 @@ def test_a_picture_that_is_a_program(here: Path, monkeypatch: pytest.MonkeyPatch
         decode("png", eps)
     (here / "style.png").write_bytes(eps)
     with pytest.raises(UserError, match="not a picture"):
-        read_references(["style.png"], 8)
+        read_picture(here / "style.png", 8)
 
 
 def test_a_clip_that_is_a_playlist(here: Path) -> None:
