@@ -135,15 +135,15 @@ class Particles(Method):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         index = batch // self.count
         prompts = Prompts(self.text[index], self.null.expand(len(index), -1, -1), index=index)
-        step = self.distillation(self.as_latents(), prompts, self.global_step)
+        latents = self.as_latents()
+        if self.global_step % max(1, self.trainer.max_steps // _STRIP) == 0:
+            self._strips.append(latents.detach()[:: self.count].clone())
+        step = self.distillation(latents, prompts, self.global_step)
         self.log("train/gradient", step.logs.pop("gradient", torch.tensor(0.0)), prog_bar=True, batch_size=len(index))
         self.log_dict({f"train/{name}": value for name, value in step.logs.items()}, batch_size=len(index))
         return step.total
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        every = max(1, self.trainer.max_steps // _STRIP)
-        if self.global_step % every == 0:
-            self._strips.append(self.as_latents().detach()[:: self.count].clone())
         distance = self.trainer.callback_metrics.get("train/discriminator distance")
         looked_at = self.global_step % max(1, self.trainer.log_every_n_steps) == 0  # reading it waits for the device
         if distance is not None and looked_at and float(distance) > RUNAWAY and not self._warned:
