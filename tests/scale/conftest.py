@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 def trainings(
     tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
-    """Folder and results of both ranks of every case of `ranks.py`."""
-    ranks = pytest.importorskip("ranks", reason="needs DeepSpeed and a POSIX system")
+    """Folder and results of both ranks of every case of `zero_ranks.py`."""
+    ranks = pytest.importorskip("zero_ranks", reason="needs DeepSpeed and a POSIX system")
     folder = tmp_path_factory.mktemp("pair")
     return folder, ranks.run_pair(tiny_base, folder, list(ranks.CASES))

@@ -19,7 +19,7 @@ trainer:
   accelerator: cpu
   devices: 1
   limit_val_batches: 0
-  strategy: {class_path: ranks.CPUZeRO, init_args: {bucket: 100000}}
+  strategy: {class_path: zero_ranks.CPUZeRO, init_args: {bucket: 100000}}
 """
 
 

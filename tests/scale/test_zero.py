@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("deepspeed")
 
-from ranks import MIDDLE, STEPS, middle, train
+from zero_ranks import MIDDLE, STEPS, middle, train
 
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Method

@@ -1,6 +1,6 @@
 """Trainings that tests of tests/scale compare, in one process or in a pair of them over gloo.
 
-`python tests/scale/ranks.py BASE FOLDER [CASE...]` is one of a pair; starting a pair costs more than any case.
+`python tests/scale/zero_ranks.py BASE FOLDER [CASE...]` is one of a pair; starting a pair costs more than any case.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Finding videos by descriptions: towers, contrastive losses, exhaustive ranking, and an index of a folder."""
