@@ -65,12 +65,17 @@ def process_group() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-@pytest.fixture
-def distributed(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that trains under DDP or ZeRO in this process; what this sets in the environment is forgotten."""
+@pytest.fixture(autouse=True)
+def no_address() -> Iterator[None]:
+    """What a test's trainer leaves in the environment must not call later tests' processes to its own group."""
+    yield
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"):
-        monkeypatch.setenv(name, "")
-        del os.environ[name]
+        os.environ.pop(name, None)
+
+
+@pytest.fixture
+def distributed(process_group: None) -> None:
+    """A test that trains under DDP or ZeRO in this process."""
 
 
 @pytest.fixture(scope="session")

@@ -21,12 +21,14 @@ from tqdm import tqdm
 from lit_gen.data.captions import write_captions
 from lit_gen.errors import UserError
 from lit_gen.interrupts import die_with_parent
+from lit_gen.metrics.clip import CLIPEncoders
 from lit_gen.world import render
 from lit_gen.world.motion import animate
 from lit_gen.world.sampling import sample
 from lit_gen.world.scene import Scenes
 
-_CHUNK = 2048  # scenes rendered, encoded or captioned at a time
+_CHUNK = 4096  # pictures rendered or captioned at a time
+_ENCODED = 1024  # pictures encoded at a time
 
 
 class Draws:
@@ -120,6 +122,7 @@ class RenderedWorld(L.LightningDataModule):
         captions: captions kept per scene; 0 for none.
         tokenizer: folder of the tokenizer that turns captions into "tokens" (B L).
         autoencoder: folder of an autoencoder; training batches then hold "latent", scaled as a diffusion model sees it.
+        clip: folder of a base; batches then hold its image encoder's "image_embedding" (B D, of length 1).
         twins: whether batches also hold "twin_tokens" (B L), the same captions wrong in one fact.
         masks: whether batches hold the instance mask "instance" (B H W, 0 the background).
         workers: processes that write captions; 0 writes them in the training process.
@@ -138,6 +141,7 @@ class RenderedWorld(L.LightningDataModule):
         captions: int = 0,
         tokenizer: str | None = None,
         autoencoder: str | None = None,
+        clip: str | None = None,
         twins: bool = False,
         masks: bool = False,
         workers: int = 8,
@@ -147,7 +151,7 @@ class RenderedWorld(L.LightningDataModule):
         self.val_pool_size, self.val_batch_size = val_pool, val_batch_size
         self.seed, self.size, self.frames, self.caption_count = seed, size, frames, captions
         self.tokenizer, self.autoencoder, self.masks, self.workers = tokenizer, autoencoder, masks, workers
-        self.twins = twins
+        self.clip, self.twins = clip, twins
         self.train_pool: Pool | None = None
         self.val_pool: Pool | None = None
 
@@ -191,6 +195,7 @@ class RenderedWorld(L.LightningDataModule):
         train = split == "train"
         keep_images = not (train and self.autoencoder)
         encoder = _load_autoencoder(self.autoencoder, device) if self.autoencoder else None
+        clip = CLIPEncoders(self.clip).to(device) if self.clip else None
         columns: dict[str, list[Tensor]] = {}
         scenes: list[Scenes] = []
         # captions are written by other processes while this one renders
@@ -202,7 +207,7 @@ class RenderedWorld(L.LightningDataModule):
                 written = [processes.submit(write_captions, *job, *rest) for job in jobs]
             progress = tqdm(total=size // world, desc=f"rendering {split} scenes", unit=" scenes", disable=rank > 0)
             for recipe, chunk in jobs:
-                part, pictures = self._render(recipe, split, chunk.to(device), encoder, keep_images)
+                part, pictures = self._render(recipe, split, chunk.to(device), encoder, clip, keep_images)
                 scenes.append(part)
                 for name, tensor in pictures.items():
                     columns.setdefault(name, []).append(tensor)
@@ -230,7 +235,7 @@ class RenderedWorld(L.LightningDataModule):
 
     @torch.no_grad()
     def _render(
-        self, recipe: str, split: str, index: Tensor, encoder: Any, keep_images: bool
+        self, recipe: str, split: str, index: Tensor, encoder: Any, clip: CLIPEncoders | None, keep_images: bool
     ) -> tuple[Scenes, dict[str, Tensor]]:
         scenes = sample(recipe, split, self.seed, index)
         if self.frames == 1:
@@ -246,9 +251,11 @@ class RenderedWorld(L.LightningDataModule):
         if encoder is not None:
             images = picture.rgb.flatten(0, -4) * 2 - 1
             with torch.autocast(index.device.type, torch.bfloat16, enabled=index.is_cuda):
-                latent = torch.cat([encoder.encode(i).latent_dist.mean for i in images.split(_CHUNK)])
+                latent = torch.cat([encoder.encode(i).latent_dist.mean for i in images.split(_ENCODED)])
             latent = latent.float() * encoder.config.scaling_factor
             columns["latent"] = latent.half().unflatten(0, picture.rgb.shape[:-3])
+        if clip is not None:
+            columns["image_embedding"] = torch.cat([clip.embed_image(i) for i in (picture.rgb * 2 - 1).split(_ENCODED)])
         if self.masks:
             columns["instance"] = picture.instance.byte()
         return scenes, columns

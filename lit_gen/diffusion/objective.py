@@ -75,11 +75,23 @@ class Schedule(nn.Module):
             return (noisy - s * output) / a, output
         return a * noisy - s * output, a * output + s * noisy
 
-    def loss(self, output: Tensor, clean: Tensor, noise: Tensor, t: Tensor, min_snr: float | None = None) -> Tensor:
-        """Mean squared error per sample [B], weighted by min(SNR, gamma) if `min_snr` is a gamma (arXiv 2303.09556)."""
+    def loss(
+        self,
+        output: Tensor,
+        clean: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        min_snr: float | None = None,
+        lowest_snr: float = 0.0,
+    ) -> Tensor:
+        """Mean squared error per sample [B], weighted by min(SNR, gamma) if `min_snr` is a gamma (arXiv 2303.09556).
+
+        `lowest_snr` (ours) bounds that weight of the error of z_0 from below. Without it the noisiest steps, where a
+        small latent's layout is decided, hardly count.
+        """
         error = (output.float() - self.target(clean, noise, t).float()).square().flatten(1).mean(1)
         if min_snr is None:
             return error
         abar = self.alphas_cumprod[t]
         snr = abar / (1 - abar)
-        return error * snr.clamp(max=min_snr) / (snr if self.prediction == "epsilon" else snr + 1)
+        return error * snr.clamp(min=lowest_snr, max=min_snr) / (snr if self.prediction == "epsilon" else snr + 1)

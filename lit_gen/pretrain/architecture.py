@@ -116,7 +116,7 @@ def save_base(folder: str | Path, parts: Mapping[str, Any], dtype: torch.dtype =
 
     Args:
         folder: where to; created if missing.
-        parts: tokenizer, clip, vae, unet, scheduler and motion_adapter; those not given are left as they are.
+        parts: tokenizer, clip (both encoders), text_encoder, vae, unet, scheduler and motion_adapter; those not given are left as they are.
         dtype: of the weights on disk.
     """
     folder = Path(folder)
@@ -124,6 +124,8 @@ def save_base(folder: str | Path, parts: Mapping[str, Any], dtype: torch.dtype =
     for name, part in parts.items():
         if name == "clip":
             _save_clip(folder, part, dtype)
+        elif name == "text_encoder":
+            _save_tower(folder / name, part, dtype)
         elif isinstance(part, nn.Module):
             # a file of the repository stays under 16 MiB
             _cast(part, dtype).save_pretrained(folder / name, max_shard_size="15MB")
@@ -155,13 +157,17 @@ def _save_clip(folder: Path, clip: CLIPModel, dtype: torch.dtype) -> None:
     vision.vision_model.load_state_dict(clip.vision_model.state_dict())
     vision.visual_projection.load_state_dict(clip.visual_projection.state_dict())
     for name, tower in (("text_encoder", text), ("image_encoder", vision)):
-        _cast(tower, dtype).save_pretrained(folder / name)
-        # transformers loads in the dtype that the config names, diffusers in float32: a pipeline needs one of them
-        config = json.loads((folder / name / "config.json").read_text())
-        (folder / name / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+        _save_tower(folder / name, tower, dtype)
     size = {"shortest_edge": IMAGE_SIZE}
     crop = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     CLIPImageProcessorPil(size=size, crop_size=crop).save_pretrained(folder / "feature_extractor")
+
+
+def _save_tower(folder: Path, tower: nn.Module, dtype: torch.dtype) -> None:
+    _cast(tower, dtype).save_pretrained(folder)
+    # transformers loads in the dtype that the config names, diffusers in float32: a pipeline needs one of them
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:

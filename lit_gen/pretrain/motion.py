@@ -15,7 +15,7 @@ from lit_gen.diffusion.sampling import classifier_free, ddim, noise_from
 from lit_gen.methods.base import Optimizer
 from lit_gen.pretrain.architecture import FRAMES, LATENT_CHANNELS, LATENT_SIZE, build_motion_adapter, build_scheduler
 from lit_gen.pretrain.part import BasePart
-from lit_gen.pretrain.text_to_image import FrozenText
+from lit_gen.pretrain.text_to_image import Text
 
 
 class Motion(BasePart):
@@ -26,6 +26,7 @@ class Motion(BasePart):
         heads: of the temporal attention.
         drop_text: share of training clips whose caption is replaced by the empty one.
         min_snr: gamma of the min-SNR loss weight; null for none.
+        lowest_snr: the least of that weight.
         compile: compile the network with torch.compile.
         guidance: classifier-free guidance scale of the clips drawn after validation.
         sample_steps: DDIM steps of the clips drawn after validation; 0 draws none.
@@ -39,6 +40,7 @@ class Motion(BasePart):
         heads: int = 4,
         drop_text: float = 0.1,
         min_snr: float | None = 5.0,
+        lowest_snr: float = 0.0,
         compile: bool = False,
         guidance: float = 4.0,
         sample_steps: int = 25,
@@ -47,13 +49,13 @@ class Motion(BasePart):
     ) -> None:
         super().__init__(export, optimizer)
         self.heads = heads
-        self.text = FrozenText(base)
+        self.text = Text(base)
         self.autoencoder = load_base(base, parts=["vae"])
         unet = load_base(base, parts=["unet"]).unet
         self.unet = UNetMotionModel.from_unet2d(unet, build_motion_adapter(unet, heads))
         self.unet.freeze_unet2d_params()
         self.schedule = Schedule(build_scheduler())
-        self.drop_text, self.min_snr, self.compile_network = drop_text, min_snr, compile
+        self.drop_text, self.min_snr, self.lowest_snr, self.compile_network = drop_text, min_snr, lowest_snr, compile
         self.guidance, self.sample_steps = guidance, sample_steps
 
     def configure_model(self) -> None:
@@ -73,7 +75,7 @@ class Motion(BasePart):
         t = self.schedule.sample_timesteps(len(clean), clean.device)
         noise = torch.randn_like(clean)
         output = self.predict_noise(self.schedule.add_noise(clean, noise, t), t, states)
-        return self.schedule.loss(output, clean, noise, t, self.min_snr).mean()
+        return self.schedule.loss(output, clean, noise, t, self.min_snr, self.lowest_snr).mean()
 
     def predict_noise(self, noisy: Tensor, t: Tensor, states: Tensor) -> Tensor:
         """Noise B F C h w in clips B F C h w; the network wants channels before frames and text once a frame."""

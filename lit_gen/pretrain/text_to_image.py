@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -14,11 +15,19 @@ from lit_gen.diffusion.objective import Schedule
 from lit_gen.diffusion.sampling import classifier_free, ddim, noise_from
 from lit_gen.methods.base import Optimizer
 from lit_gen.pretrain.architecture import LATENT_CHANNELS, LATENT_SIZE, build_scheduler, build_unet
+from lit_gen.pretrain.clip import contrast
 from lit_gen.pretrain.part import BasePart
+
+_CONTRAST_SCALE = 30.0  # of the cosines in the contrastive loss, about where CLIP's own scale ends
 
 
 class TextToImage(BasePart):
-    """Latent diffusion (Rombach et al. 2022): predicts the noise in latents from frozen text states.
+    """Latent diffusion (Rombach et al. 2022): predicts the noise in latents from text states.
+
+    The text encoder is frozen, or tuned along: contrastive training alone leaves captions that differ in what a picture
+    hardly shows (left and right, moves left and moves right) with nearly the same states. Its embeddings are then held
+    in the space of the image encoder by the contrastive loss against that encoder, frozen (as in LiT, Zhai et al.
+    2022), which takes a data module with `clip`.
 
     Args:
         base: folder whose tokenizer, text_encoder and vae are used.
@@ -26,6 +35,9 @@ class TextToImage(BasePart):
         layers: residual blocks per resolution.
         drop_text: share of training samples whose caption is replaced by the empty one, for classifier-free guidance.
         min_snr: gamma of the min-SNR loss weight (Hang et al. 2023); null for none.
+        lowest_snr: the least of that weight.
+        text_lr: learning rate of the text encoder; null keeps it frozen.
+        contrast_weight: weight of the contrastive loss that goes with a tuned text encoder.
         compile: compile the network with torch.compile (worth it on a GPU for more than a few hundred steps).
         guidance: classifier-free guidance scale of the pictures drawn after validation.
         sample_steps: DDIM steps of the pictures drawn after validation; 0 draws none.
@@ -40,6 +52,9 @@ class TextToImage(BasePart):
         layers: int = 1,
         drop_text: float = 0.1,
         min_snr: float | None = 5.0,
+        lowest_snr: float = 0.0,
+        text_lr: float | None = None,
+        contrast_weight: float = 0.05,
         compile: bool = False,
         guidance: float = 4.0,
         sample_steps: int = 25,
@@ -47,11 +62,12 @@ class TextToImage(BasePart):
         optimizer: Optimizer = Optimizer(lr=1e-3, warmup_steps=500, schedule="cosine"),
     ) -> None:
         super().__init__(export, optimizer)
-        self.text = FrozenText(base)
+        self.text = Text(base, frozen=text_lr is None)
         self.autoencoder = load_base(base, parts=["vae"])
         self.unet = build_unet(tuple(widths), layers, self.text.width).to(memory_format=torch.channels_last)
         self.schedule = Schedule(build_scheduler())
-        self.drop_text, self.min_snr, self.compile_network = drop_text, min_snr, compile
+        self.drop_text, self.min_snr, self.lowest_snr, self.compile_network = drop_text, min_snr, lowest_snr, compile
+        self.text_lr, self.contrast_weight = text_lr, contrast_weight
         self.guidance, self.sample_steps = guidance, sample_steps
 
     def configure_model(self) -> None:
@@ -59,9 +75,18 @@ class TextToImage(BasePart):
             self.unet.compile()
             self.compile_network = False
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        if self.text_lr is None:
+            return super().parameter_groups()
+        return [{"params": [*self.unet.parameters()]}, {"params": [*self.text.parameters()], "lr": self.text_lr}]
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         self.log("train/loss", loss)
+        if self.text_lr is not None:
+            language = contrast(self.text.embed(batch["tokens"]), batch["image_embedding"], scale=_CONTRAST_SCALE)
+            self.log("train/language", language)
+            loss = loss + self.contrast_weight * language
         return loss
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
@@ -74,7 +99,7 @@ class TextToImage(BasePart):
         # validation goes round the compiled call, which would be compiled again for every other batch size
         network = self.unet if self.training else self.unet.forward
         output = network(noisy, t, states).sample
-        return self.schedule.loss(output, clean, noise, t, self.min_snr).mean()
+        return self.schedule.loss(output, clean, noise, t, self.min_snr, self.lowest_snr).mean()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.log("val/loss", self.loss(batch), batch_size=len(batch["tokens"]), sync_dist=True)
@@ -101,21 +126,23 @@ class TextToImage(BasePart):
         return self.autoencoder.decode(ddim(denoise, self.schedule, noise, self.sample_steps))
 
     def parts(self) -> dict[str, Any]:
-        return {"unet": self.unet, "scheduler": build_scheduler()}
+        parts = {"unet": self.unet, "scheduler": build_scheduler()}
+        return parts if self.text_lr is None else parts | {"text_encoder": self.text.encoder}
 
 
-class FrozenText(torch.nn.Module):
-    """Text states of token ids, from a base's frozen text encoder.
+class Text(torch.nn.Module):
+    """Text states of token ids, from a base's text encoder.
 
     Args:
         base: folder with tokenizer/ and text_encoder/.
+        frozen: whether the encoder takes no gradients.
     """
 
-    def __init__(self, base: str) -> None:
+    def __init__(self, base: str, frozen: bool = True) -> None:
         super().__init__()
         parts = load_base(base, parts=["tokenizer", "text_encoder"])
         tokenizer: CLIPTokenizer = parts.tokenizer
-        self.encoder: CLIPTextModel = parts.text_encoder
+        self.encoder: CLIPTextModel = parts.text_encoder.requires_grad_(not frozen)
         self.width: int = self.encoder.config.hidden_size
         null = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
         self.register_buffer("null_tokens", null, persistent=False)
@@ -129,7 +156,10 @@ class FrozenText(torch.nn.Module):
         dropped = torch.rand(len(tokens), 1, device=tokens.device) < share
         return torch.where(dropped, self.null(tokens), tokens)
 
-    @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:
         """States B L D of captions B L."""
         return self.encoder(input_ids=tokens).last_hidden_state
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Unit embeddings B D of captions B L."""
+        return F.normalize(self.encoder(input_ids=tokens).pooler_output.float(), dim=-1)

@@ -105,8 +105,14 @@ def flow(now: Scenes, then: Scenes, depth: Tensor, instance: Tensor) -> Tensor:
 
 
 def _chunk_length(device: torch.device, size: int) -> int:
-    """How many scenes at once: pixel planes that stay in a CPU's cache, or that keep a GPU busy."""
-    pixels = 2**19 if device.type == "cpu" else 2**23
+    """How many scenes at once: pixel planes that stay in a CPU's cache, or that keep a GPU busy.
+
+    A chunk is some 5,500 kernels whatever its length, so that a GPU's is as long as memory allows: a pixel takes about
+    210 bytes at the peak, and a fifth of what is free is taken.
+    """
+    pixels = 2**19
+    if device.type == "cuda":
+        pixels = min(2**26, max(2**20, torch.cuda.mem_get_info(device)[0] // 1024))
     return max(1, pixels // size**2)
 
 

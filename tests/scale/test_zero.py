@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,7 +149,7 @@ def test_parts_are_needed_and_nothing_in_them_runs(trainings: Trainings, tmp_pat
     torch.save({"optimizer_state_dict": Malicious()}, parts[1])
     with pytest.raises(UserError, match="more than tensors and plain values"):
         read_checkpoint(copy)
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):  # what DeepSpeed's engine reads with
+    with pytest.raises(UserError, match="more than tensors and plain values"):  # what DeepSpeed's engine reads with
         checkpoint_engine(SimpleNamespace(_config=None)).load(str(parts[1]))
     assert not (tmp_path / "canary").exists()
 

@@ -212,6 +212,7 @@ CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "zero3 offloaded": lambda f, b: train(f, b, zero(3, offload="all")),
     "ddp accumulated": lambda f, b: train(f, b, "ddp", accumulate=2),
     "zero2 accumulated": lambda f, b: train(f, b, zero(2), accumulate=2),
+    "zero3 accumulated": lambda f, b: train(f, b, zero(3), accumulate=2),
     "ddp mixed": lambda f, b: train(f, b, "ddp", precision="bf16-mixed"),
     "zero2 mixed": lambda f, b: train(f, b, zero(2), precision="bf16-mixed"),
     "zero3 mixed": lambda f, b: train(f, b, zero(3), precision="bf16-mixed"),
