@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--oracle", default="data/oracle", help="folder of the oracle")
     parser.add_argument("--out", type=Path, required=True, help="folder for metrics.json and pictures")
     parser.add_argument("--images", type=int, default=512, help="generated pictures per question")
-    parser.add_argument("--clips", type=int, default=128, help="generated clips")
+    parser.add_argument("--clips", type=int, default=256, help="generated clips")
     parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance scale")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

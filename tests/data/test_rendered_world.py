@@ -7,6 +7,7 @@ import torch
 
 from lit_gen.data.captions import write_captions
 from lit_gen.data.world import Draws, RenderedWorld, _at_some_time
+from lit_gen.metrics.clip import CLIPEncoders
 from lit_gen.world.sampling import sample
 
 
@@ -81,3 +82,10 @@ def test_twin_captions_are_wrong_in_few_words() -> None:
     different = (right != wrong).sum(-1)
     assert (different > 0).float().mean() > 0.8
     assert different.float().median() <= 4  # same wording
+
+
+def test_image_embeddings_are_the_image_encoders(tiny_base: Path) -> None:
+    module = RenderedWorld(workers=0, seed=3, clip=str(tiny_base))
+    found = module._fill("val", 6, 0, 1, torch.device("cpu")).tensors
+    own = CLIPEncoders(tiny_base).embed_image(found["image"] / 127.5 - 1)
+    torch.testing.assert_close(found["image_embedding"], own, atol=0.02, rtol=0)  # of pictures before rounding

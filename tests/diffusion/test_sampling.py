@@ -66,6 +66,15 @@ def test_min_snr_weights_easy_timesteps_down_only():
     assert weighted[0] < plain[0] / 100 and weighted[1] == plain[1]
 
 
+def test_lowest_snr_gives_the_noisiest_timesteps_a_say():
+    schedule = Schedule(scheduler())
+    clean, noise, t = torch.randn(3, 8), torch.randn(3, 8), torch.tensor([999, 500, 10])
+    plain, raised = (schedule.loss(clean, clean, noise, t, 5.0, lowest) for lowest in (0.0, 0.2))
+    snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
+    assert snr[0] < 0.2 < snr[1]
+    torch.testing.assert_close(raised / plain, torch.tensor([0.2 / snr[0], 1.0, 1.0]))
+
+
 def test_two_scale_guidance_is_equation_2():
     null, text, both = torch.randn(3, 5).unbind(0)
     guided = two_scale(null, text, both, text_scale=7.5, style_scale=5.0)
