@@ -116,8 +116,8 @@ def save_base(folder: str | Path, parts: Mapping[str, Any], dtype: torch.dtype =
 
     Args:
         folder: where to; created if missing.
-        parts: tokenizer, clip (both encoders), text_encoder, vae, unet, scheduler and motion_adapter; those not given are
-            left as they are.
+        parts: tokenizer, clip (both encoders), text_encoder, vae, unet, scheduler and motion_adapter; what is not given
+            is left as it is.
         dtype: of the weights on disk.
     """
     folder = Path(folder)
