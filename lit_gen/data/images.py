@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from lit_gen.data.decode import IMAGE
+from lit_gen.data.decode import IMAGE, open_picture
 from lit_gen.data.shards import BadSample
+from lit_gen.errors import UserError
 
 EXTENSIONS = {*IMAGE, "txt", "json"}
 
@@ -66,3 +68,17 @@ def to_tensor(picture: Image.Image | np.ndarray) -> Tensor:
     """[..] H W 3 uint8 to [..] 3 H W in [-1, 1]."""
     pixels = torch.from_numpy(np.array(picture))
     return pixels.movedim(-1, -3).float().div_(127.5).sub_(1).contiguous()
+
+
+def read_picture(file: Path, size: int, what: str = "style") -> Tensor:
+    """The middle of a picture file, 3 size size in [-1, 1].
+
+    Raises:
+        UserError: it is no picture; `what` says what it was for.
+    """
+    try:
+        with open_picture(file) as opened:
+            picture = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{what} {str(file)!r} is not a picture that can be read") from error
+    return to_tensor(centre_crop(picture, size))

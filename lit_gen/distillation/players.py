@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
@@ -84,6 +84,13 @@ class LoRAFake(nn.Module):
 
     def trained(self) -> list[nn.Parameter]:
         return self._trained
+
+
+def discriminator(
+    kind: Literal["lora", "embedding"], unet: nn.Module, schedule: Schedule, text: Tensor, rank: int = 4
+) -> EmbeddingFake | LoRAFake:
+    """A discriminator over a frozen UNet; `text` (P L D) are the prompts an embedding starts from."""
+    return LoRAFake(unet, schedule, rank) if kind == "lora" else EmbeddingFake(unet, schedule, text)
 
 
 def predict(unet: nn.Module, schedule: Schedule, noisy: Tensor, t: Tensor, text: Tensor, **given: Any) -> Tensor:

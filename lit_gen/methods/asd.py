@@ -19,7 +19,8 @@ from lit_gen.diffusion.objective import Schedule
 from lit_gen.diffusion.sampling import noise_from
 from lit_gen.diffusion.text import encode_text
 from lit_gen.distillation.contract import Prompts, Score, ScoreDistillation
-from lit_gen.distillation.players import EmbeddingFake, LoRAFake, UNetTeacher
+from lit_gen.distillation.players import UNetTeacher
+from lit_gen.distillation.players import discriminator as grown
 from lit_gen.distillation.siblings import ASD, SDS, ClassifierSD
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Method, Optimizer
@@ -98,10 +99,7 @@ class Particles(Method):
             )
             self.discriminator = None
         else:
-            if discriminator == "lora":
-                self.discriminator = LoRAFake(self.base.unet, self.schedule, rank)
-            else:
-                self.discriminator = EmbeddingFake(self.base.unet, self.schedule, self.text)
+            self.discriminator = grown(discriminator, self.base.unet, self.schedule, self.text, rank)
             gamma = 0.0 if sibling == "vsd" else gamma
             self.distillation = ASD(
                 *(teacher, self.schedule, score, self.discriminator, gamma),

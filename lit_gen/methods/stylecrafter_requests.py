@@ -10,12 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from lit_gen.callbacks.samples import contact_sheet
-from lit_gen.data.decode import open_picture
-from lit_gen.data.images import centre_crop, to_tensor
+from lit_gen.data.images import read_picture
 from lit_gen.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -136,20 +134,6 @@ def _find(entry: str, root: Path = Path()) -> list[Path]:
     if not files:
         raise UserError(f"style {entry!r}: names no picture")
     return files
-
-
-def read_picture(file: Path, size: int) -> Tensor:
-    """The middle of a picture, 3 size size in [-1, 1].
-
-    Raises:
-        UserError: it is no picture.
-    """
-    try:
-        with open_picture(file) as opened:
-            picture = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"style {str(file)!r} is not a picture that can be read") from error
-    return to_tensor(centre_crop(picture, size))
 
 
 def sheets(drawn: Sequence[tuple[Request, Sequence[Tensor]]]) -> Iterator[Tensor]:

@@ -14,7 +14,9 @@ from lit_gen.world.grammar import Caption, captions
 from lit_gen.world.render import render
 from lit_gen.world.sampling import sample
 from lit_gen.world.scene import Scenes
+from lit_gen.world.vocabulary import COLOURS, PATTERNS, SHAPES
 
+CHANGES = {"colour": ("colour", len(COLOURS)), "pattern": ("pattern", len(PATTERNS)), "shape": ("kind", len(SHAPES))}
 _POOL = 4096  # scenes among which those of one object are looked for
 
 
@@ -51,6 +53,41 @@ class WorldPrompts:
             taken.append(chosen.pop((kind, colour)))
         index = torch.tensor(taken)
         return [told[i] for i in index.tolist()], scenes[index]
+
+
+@dataclass
+class WorldEdits:
+    """Edits of the world, "a red cylinder" to "a blue cylinder", with the pictures that they should give.
+
+    Each changes one attribute that the prompts state: colour, pattern or shape, in turn.
+
+    Args:
+        count: how many.
+        split: "val" has combinations that were trained on, "test" held-out ones.
+        seed: which ones.
+    """
+
+    count: int = 6
+    split: Literal["train", "val", "test"] = "val"
+    seed: int = 0
+
+    def draw(self) -> tuple[list[str], list[str], Scenes, Scenes, list[str]]:
+        """Prompts before and after, scenes (count of them) before and after, and what changes."""
+        scenes = _singles(self.split, self.seed)
+        told = captions(scenes, "full", seed=self.seed)
+        plain = [scenes.kind[i, 0] < len(SHAPES) and "marked" not in c.facts["objects"][0] for i, c in enumerate(told)]
+        rows = [i for i, fits in enumerate(plain) if fits and {"colour", "pattern"} <= set(told[i].facts["objects"][0])]
+        if len(rows) < self.count:
+            raise UserError(f"there are only {len(rows)} edits, not {self.count}")
+        before = scenes[torch.tensor(rows[: self.count])]
+        changed = [list(CHANGES)[i % len(CHANGES)] for i in range(self.count)]
+        columns = {column: getattr(before, column).clone() for column, _ in CHANGES.values()}
+        for i, change in enumerate(changed):
+            column, values = CHANGES[change]
+            columns[column][i, 0] = (columns[column][i, 0] + 1 + i // len(CHANGES)) % values
+        after = before.replace(**columns)
+        texts = ([c.text for c in captions(s, "full", seed=self.seed)] for s in (before, after))
+        return *texts, before, after, changed
 
 
 def pictures_of(scene: Scenes, count: int, seed: int = 1) -> tuple[Tensor, Scenes]:

@@ -95,8 +95,8 @@ def test_a_shard_leads_nowhere_else(here: Path) -> None:
 def test_a_picture_that_is_a_program(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow has Ghostscript run what is EPS, whatever its name."""
     from lit_gen.data.decode import decode
+    from lit_gen.data.images import read_picture
     from lit_gen.data.shards import BadSample
-    from lit_gen.methods.stylecrafter_requests import read_picture
 
     (here / "gs").write_text(f"#!/bin/sh\ntouch {here / CANARY}\n")
     (here / "gs").chmod(0o755)

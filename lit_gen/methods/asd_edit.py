@@ -1,0 +1,264 @@
+"""Editing by score distillation: ASD with a discriminator for each prompt (arXiv 2312.00739), DDS, CDS and SDS.
+
+`Edits` moves the latents of source pictures from their own prompts to others, all of them in one batch.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lit_gen.callbacks.samples import contact_sheet, save
+from lit_gen.data.images import read_picture
+from lit_gen.diffusion.base import PIPELINE_PARTS, load_base
+from lit_gen.diffusion.objective import Schedule
+from lit_gen.diffusion.text import encode_text
+from lit_gen.distillation.contract import Prompts, Score, ScoreDistillation, Timesteps
+from lit_gen.distillation.editing import CDS, DDS, DualASD
+from lit_gen.distillation.players import UNetTeacher, discriminator
+from lit_gen.distillation.siblings import ASD, SDS
+from lit_gen.errors import UserError
+from lit_gen.methods.asd import picture_shape
+from lit_gen.methods.base import Method, Optimizer
+from lit_gen.metrics.counterparts import CHANGES, WorldEdits
+from lit_gen.metrics.scores import Scores
+from lit_gen.world.render import render
+
+COLUMNS = ("source", "prompt", "target")
+# AdamW with an epsilon far above any gradient is momentum descent: its steps are proportional to gradients, so what the
+# teacher does not ask to change stays. Adam's own would move every number as far.
+_EPSILON = 1e3
+_STRIP = 6  # moments kept for the strips over time
+
+
+@dataclass
+class Edit:
+    """One edit.
+
+    Args:
+        source: picture file.
+        prompt: what it shows.
+        target: what it is to show.
+    """
+
+    source: str
+    prompt: str
+    target: str
+
+
+class Edits(Method):
+    """Text-guided editing of pictures, without training data.
+
+    Args:
+        base: Hub id, diffusers folder or single-file checkpoint of the teacher.
+        edits: what to edit, as a list or a .csv with columns source, prompt and target; by default that of `world`.
+        world: edits of the world, whose results are known.
+        negative: the null prompt of the guidance.
+        sibling: "asd" (dual discriminators), "dds", "cds", or "sds" from the source picture on.
+        kind: of the discriminators of asd: "lora", or a learnable text "embedding" of each prompt.
+        rank: of the LoRA.
+        gamma: of asd, see lit_gen.distillation.siblings.ASD.
+        eta: of asd, weight of the real samples' penalty.
+        discriminator_lr: learning rate of the discriminators.
+        contrast_weight: of cds (official code 3).
+        score: guidance, weighting and timesteps.
+        oracle: folder of the oracle that judges edits of the world; null for none.
+        optimizer: settings of the optimizer; `lr` is the step of an edit's latents in units of the gradient w (e - b).
+    """
+
+    def __init__(
+        self,
+        base: str = "data/world-base",
+        edits: list[Edit] | str | None = None,
+        world: WorldEdits = WorldEdits(),
+        negative: str = "",
+        sibling: Literal["asd", "dds", "cds", "sds"] = "asd",
+        kind: Literal["lora", "embedding"] = "lora",
+        rank: int = 4,
+        gamma: float = -1.0,
+        eta: float = 0.5,
+        discriminator_lr: float = 1e-4,
+        contrast_weight: float = 3.0,
+        score: Score = Score(guidance=7.5, weighting="uniform", timesteps=Timesteps(low=0.05, high=0.95)),
+        oracle: str | None = None,
+        optimizer: Optimizer = Optimizer(lr=0.05, betas=(0.0, 0.99), weight_decay=0.0, clip_norm=0.0),
+    ) -> None:
+        super().__init__(optimizer)
+        self.base = load_base(base, parts=PIPELINE_PARTS)
+        self.schedule = Schedule(self.base.scheduler)
+        self.discriminator_lr, self._oracle = discriminator_lr, oracle
+        self.truth: Tensor | None = None
+        if edits is None:
+            self.prompts, self.targets, before, self.after, self.changed = world.draw()
+            pictures = render(before).rgb * 2 - 1
+            self.truth = render(self.after).rgb * 2 - 1
+        else:
+            wanted = read_edits(edits) if isinstance(edits, str) else edits
+            if not wanted:
+                raise UserError("edits: there are none")
+            self.prompts, self.targets = [e.prompt for e in wanted], [e.target for e in wanted]
+            pictures = torch.stack(
+                [read_picture(Path(e.source), picture_shape(self.base)[1], "source") for e in wanted]
+            )
+        self.register_buffer("pictures", pictures, False)
+        for name, texts in (("source", self.prompts), ("target", self.targets), ("null", [negative])):
+            self.register_buffer(name, encode_text(self.base.tokenizer, self.base.text_encoder, texts), False)
+        mean = self.base.posterior(pictures)[:, 0]
+        mean = (mean - (self.base.vae.config.shift_factor or 0.0)) * self.base.vae.config.scaling_factor
+        self.register_buffer("start", mean, False)
+        self.latents = nn.Parameter(mean.clone())
+        self.discriminators: list[nn.Module] = []
+        self.distillation = self._sibling(sibling, score, kind, rank, gamma, eta, contrast_weight)
+        self.scores = Scores()
+        self._strips: list[Tensor] = []
+
+    def _sibling(
+        self, name: str, score: Score, kind: Any, rank: int, gamma: float, eta: float, contrast_weight: float
+    ) -> ScoreDistillation:
+        common = (UNetTeacher(self.base.unet, self.schedule), self.schedule, score)
+        if name == "sds":
+            return SDS(*common)
+        if name == "dds":
+            return DDS(*common)
+        if name == "cds":
+            return CDS(*common, self.base.unet, contrast_weight)
+        texts = (self.target, self.source)
+        self.discriminators = [discriminator(kind, self.base.unet, self.schedule, text, rank) for text in texts]
+        return DualASD(*common, *(ASD(*common, phi, gamma, eta) for phi in self.discriminators))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        groups = [{"params": [self.latents], "lr": self.optimizer_settings.lr * _EPSILON, "eps": _EPSILON}]
+        if self.discriminators:
+            trained = [p for phi in self.discriminators for p in phi.trained()]
+            groups.append({"params": trained, "lr": self.discriminator_lr, "clip_norm": 1.0})
+        return groups
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader:
+        """Every step is of all edits."""
+        return DataLoader([torch.arange(len(self.latents))] * 100, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader([torch.arange(len(self.latents))], batch_size=None)
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.global_step % max(1, self.trainer.max_steps // _STRIP) == 0:
+            self._strips.append(self.latents.detach()[batch].clone())
+        null = self.null.expand(len(batch), -1, -1)
+        prompts = Prompts(self.target[batch], null, self.source[batch], index=batch)
+        if isinstance(self.distillation, DDS):
+            self.distillation.source = self.start[batch]
+        step = self.distillation(self.latents[batch], prompts, self.global_step)
+        self.log_dict({f"train/{name}": value for name, value in step.logs.items()}, batch_size=len(batch))
+        # the contract's gradient is a mean over the batch; how many edits are made together shall not matter
+        generator = step.generator * len(batch)
+        return generator if step.discriminator is None else generator + step.discriminator
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["strips"] = self._strips
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._strips = list(checkpoint.get("strips", []))
+
+    @torch.no_grad()
+    def edited(self) -> Tensor:
+        """The edited pictures B 3 H W in [-1, 1]."""
+        return torch.cat([self.base.decode(part) for part in self.latents.split(32)])
+
+    # -- judgement ----------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        if self.truth is not None:
+            found = self.judge(self.edited())
+            self.scores.add(self.targets, **{name.replace(" ", "_"): values for name, values in found.items()})
+            means = {name: values[~values.isnan()].mean() for name, values in found.items()}
+            self.log_dict({name: mean for name, mean in means.items() if mean == mean}, batch_size=len(batch))
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+        self.scores.write(self.run_dir)
+
+    def judge(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Measures of edits of the world, each of B values: likeness to the true result and to the source where
+        nothing was to change, and what the oracle reads."""
+        truth = self.truth.to(pictures.device)
+        kept = (truth - self.pictures).abs().amax(1, keepdim=True) < 0.02  # pixels that the true edit leaves alone
+        moved = (
+            ((pictures - self.pictures).square() * kept).sum((1, 2, 3)) / (3 * kept.sum((1, 2, 3)).clamp(min=1))
+        ).sqrt()
+        found = {"psnr": psnr(pictures, truth), "psnr of source": psnr(self.pictures, truth), "moved elsewhere": moved}
+        if self._oracle:
+            from lit_gen.metrics.oracle import bundled
+
+            reading = bundled(self._oracle).to(pictures.device).read(pictures)
+            seen = reading.present.any(1)
+            slot = reading.present.float().argmax(1, keepdim=True)
+            names = {column: name for name, (column, _) in CHANGES.items()}
+            right = {
+                n: seen & (getattr(reading, c).gather(1, slot)[:, 0] == getattr(self.after, c)[:, 0].to(slot.device))
+                for c, n in names.items()
+            }
+            rows = torch.arange(len(pictures), device=pictures.device)
+            changed = torch.tensor([list(right).index(c) for c in self.changed], device=pictures.device)
+            table = torch.stack([*right.values()], 1).float()  # B x attributes
+            found["edit made"] = table[rows, changed]
+            found["rest kept"] = (table.sum(1) - table[rows, changed]) / (table.shape[1] - 1)
+        return found
+
+    def preview(self) -> dict[str, Tensor]:
+        """Rows of source, edit over time, edit and, in the world, the true result."""
+        moments = [self.base.decode(latents.to(self.device)) for latents in self._strips[1:]]
+        columns = [self.pictures, *moments, self.edited(), *([] if self.truth is None else [self.truth])]
+        rows = [[column[i].cpu() for column in columns] for i in range(len(self.latents))]
+        titles = ["source", *[""] * len(moments), "edit", *([] if self.truth is None else ["truth"])]
+        return {"edits": contact_sheet(rows, columns=titles, rows=self.targets, size=max(64, self.pictures.shape[-1]))}
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Path:
+        """Write every edit as a png and all of them as one sheet."""
+        folder = self.run_dir / "samples" / "predict"
+        for i, picture in enumerate(self.edited().cpu()):
+            save(folder / f"{i:02d}", picture)
+        path = save(folder / "contact-sheet", self.preview()["edits"])
+        print(f"drawn: {path}")
+        return path
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of pictures B 3 H W in [-1, 1]: B."""
+    return -10 * torch.log10(((a - b) / 2).square().flatten(1).mean(1).clamp(min=1e-10))
+
+
+def read_edits(table: str) -> list[Edit]:
+    """Edits of a .csv with columns source (a file, from the table's folder on), prompt and target.
+
+    Raises:
+        UserError: no such table, or a column, value or file is missing.
+    """
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+                raise UserError(f"{table}: has no column {missing[0]!r}; it needs {', '.join(COLUMNS)}")
+            edits = []
+            for row in reader:
+                values = {name: (row[name] or "").strip() for name in COLUMNS}
+                if empty := [name for name, value in values.items() if not value]:
+                    raise UserError(f"{table}, line {reader.line_num}: the {empty[0]} is empty")
+                values["source"] = str(Path(table).parent / values["source"])
+                if not Path(values["source"]).is_file():
+                    raise UserError(f"{table}, line {reader.line_num}: source {values['source']!r}: no such file")
+                edits.append(Edit(**values))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{table!r}: not a table that can be read ({type(error).__name__})") from error
+    return edits

@@ -1,0 +1,95 @@
+"""Pictures edited by a tiny base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lit_gen.callbacks.samples import save
+from lit_gen.errors import UserError
+from lit_gen.methods.asd_edit import Edit, Edits, psnr
+from lit_gen.metrics.counterparts import CHANGES, WorldEdits
+from lit_gen.world.render import render
+
+Command = Callable[..., int]
+
+
+def settings(base: Path, **more: object) -> dict:
+    return {
+        "trainer": {"accelerator": "cpu", "max_steps": 3, "val_check_interval": 3, "check_val_every_n_epoch": None},
+        "model": {
+            "class_path": "lit_gen.methods.asd_edit.Edits",
+            "init_args": {"base": str(base), "world": {"count": 3}, **more},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    "more", [{"sibling": s} for s in ("asd", "dds", "cds", "sds")] + [{"kind": "embedding"}], ids=str
+)
+def test_a_run_moves_the_pictures_and_draws_them(lit_gen: Command, tiny_base: Path, here: Path, more: dict) -> None:
+    (here / "x.yaml").write_text(yaml.safe_dump(settings(tiny_base, **more)))
+    assert lit_gen("fit", "-c", "x.yaml", "--trainer.callbacks+", "lit_gen.callbacks.samples.Samples") == 0
+    weights = torch.load("runs/x/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    start = Edits(str(tiny_base), world=WorldEdits(3)).latents
+    assert weights["latents"].shape == start.shape and not torch.equal(weights["latents"], start)
+    assert list(Path("runs/x/samples").glob("step-000003/edits.png"))
+    assert "psnr" in json.loads(Path("runs/x/metrics.json").read_text())["validate"]
+    assert lit_gen("test", "-c", "x.yaml") == 0
+    assert len(json.loads(Path("runs/x/scores.json").read_text())["psnr"]) == 3
+
+
+def test_an_edit_of_nothing_moves_nothing(tiny_base: Path, here: Path) -> None:
+    """Delta denoising asks for no change where both prompts are the same, and momentum descent then makes none."""
+    save(here / "a", render(WorldEdits(1).draw()[2]).rgb[0] * 2 - 1)
+    model = Edits(str(tiny_base), [Edit(str(here / "a.png"), "a ball", "a ball")], sibling="dds")
+    optimizer = torch.optim.AdamW(model.parameter_groups(), weight_decay=0.0, betas=(0.0, 0.99))
+    model.distillation.source = model.start
+    text = {"target": model.target, "null": model.null, "source": model.source}
+    from lit_gen.distillation.contract import Prompts
+
+    model.distillation(model.latents, Prompts(**text)).total.backward()
+    optimizer.step()
+    assert torch.equal(model.latents.detach(), model.start)
+    model.latents.grad = torch.randn_like(model.latents) * 0.1
+    optimizer.step()
+    moved = (model.start - model.latents.detach()) / model.latents.grad
+    assert moved.std() < 0.01 * moved.mean() and moved.mean() == pytest.approx(0.05, rel=0.01)
+
+
+def test_edits_of_the_world_change_one_attribute() -> None:
+    prompts, targets, before, after, changed = WorldEdits(6).draw()
+    assert changed == [*CHANGES] * 2
+    for i, change in enumerate(changed):
+        differ = [
+            name
+            for name, (column, _) in CHANGES.items()
+            if getattr(before, column)[i, 0] != getattr(after, column)[i, 0]
+        ]
+        assert differ == [change] and prompts[i] != targets[i]
+    assert torch.equal(before.position, after.position)
+    assert (psnr(render(before).rgb * 2 - 1, render(after).rgb * 2 - 1) < 40).all()
+
+
+def test_a_table_of_edits(tiny_base: Path, here: Path) -> None:
+    save(here / "a", torch.zeros(3, 64, 64))
+    (here / "edits.csv").write_text("source,prompt,target\na.png,a ball,a cube\na.png, a ball, a cone\n")
+    model = Edits(str(tiny_base), str(here / "edits.csv"))
+    assert model.targets == ["a cube", "a cone"] and model.pictures.shape == (2, 3, 64, 64)
+    for text, message in (
+        ("source,prompt\na.png,a ball\n", "no column 'target'"),
+        ("source,prompt,target\na.png,a ball,\n", "line 2: the target is empty"),
+        ("source,prompt,target\nb.png,a ball,a cube\n", "line 2: source .* no such file"),
+        ("source,prompt,target\n", "there are none"),
+    ):
+        (here / "edits.csv").write_text(text)
+        with pytest.raises(UserError, match=message):
+            Edits(str(tiny_base), str(here / "edits.csv"))
+    (here / "note.png").write_text("no picture")
+    with pytest.raises(UserError, match="source .* is not a picture"):
+        Edits(str(tiny_base), [Edit(str(here / "note.png"), "a", "b")])
