@@ -101,14 +101,40 @@ class Progress(ProgressBar):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation_began = time.monotonic()
 
+    # What else goes through batches: nothing is printed of what takes less than a line's time.
+
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        if time.monotonic() - self._shown >= (0.2 if self.terminal else self.every):
-            self._shown = time.monotonic()
-            self._print(f"{self.name}: validating, batch {batch_idx + 1}/{batches[dataloader_idx]}")
+        self._tell("validating", batch_idx, batches[dataloader_idx])
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        self._tell("testing", batch_idx, trainer.num_test_batches[dataloader_idx])
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        self._tell("predicting", batch_idx, trainer.num_predict_batches[dataloader_idx])
+
+    def _tell(self, doing: str, batch_idx: int, batches: float) -> None:
+        """One of `batches` is done; the time left is told from the second on."""
+        now = time.monotonic()
+        if batch_idx == 0:
+            self._first = now
+        if now - self._shown < (0.2 if self.terminal else self.every):
+            return
+        self._shown = now
+        line = f"{self.name}: {doing}, batch {batch_idx + 1}/{batches}"
+        if batch_idx and batches != float("inf"):
+            seconds = (now - self._first) / batch_idx
+            line += f", {seconds:.1f} s each, left {timedelta(seconds=round(seconds * (batches - batch_idx - 1)))}"
+        self._print(line)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         now = time.monotonic()

@@ -5,21 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import UNetMotionModel
 from torch import Tensor
 
 from lit_gen.callbacks.samples import contact_sheet
 from lit_gen.diffusion.base import load_base
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.diffusion.sampling import classifier_free, ddim, noise_from
+from lit_gen.diffusion.temporal import motion_modules, motion_unet
 from lit_gen.methods.base import Optimizer
 from lit_gen.pretrain.architecture import FRAMES, LATENT_CHANNELS, LATENT_SIZE, build_motion_adapter, build_scheduler
 from lit_gen.pretrain.part import BasePart
-from lit_gen.pretrain.text_to_image import Text
+from lit_gen.pretrain.text_to_image import Text, noise_error
 
 
 class Motion(BasePart):
     """AnimateDiff (Guo et al. 2023): temporal layers trained between the frozen layers of a text-to-image model.
+
+    Single pictures do not show whether a thing spins or which way it goes, so a text-to-image model's layers need not
+    tell such words apart, and then the temporal layers cannot. With `spatial_lr` its layers and its text encoder learn
+    along, from clips and pictures in turn: batches are then {"clips": ..., "pictures": ...}.
 
     Args:
         base: folder whose tokenizer, text_encoder, vae and unet are used.
@@ -27,6 +31,8 @@ class Motion(BasePart):
         drop_text: share of training clips whose caption is replaced by the empty one.
         min_snr: gamma of the min-SNR loss weight; null for none.
         lowest_snr: the least of that weight.
+        spatial_lr: learning rate of the spatial layers and the text encoder; null keeps them frozen.
+        contrast_weight: weight of the contrastive loss of a tuned text encoder, see TextToImage.
         compile: compile the network with torch.compile.
         guidance: classifier-free guidance scale of the clips drawn after validation.
         sample_steps: DDIM steps of the clips drawn after validation; 0 draws none.
@@ -41,6 +47,8 @@ class Motion(BasePart):
         drop_text: float = 0.1,
         min_snr: float | None = 5.0,
         lowest_snr: float = 0.0,
+        spatial_lr: float | None = None,
+        contrast_weight: float = 0.05,
         compile: bool = False,
         guidance: float = 4.0,
         sample_steps: int = 25,
@@ -49,33 +57,51 @@ class Motion(BasePart):
     ) -> None:
         super().__init__(export, optimizer)
         self.heads = heads
-        self.text = Text(base)
+        tuned = spatial_lr is not None
+        self.text = Text(base, frozen=not tuned)
         self.autoencoder = load_base(base, parts=["vae"])
-        unet = load_base(base, parts=["unet"]).unet
-        self.unet = UNetMotionModel.from_unet2d(unet, build_motion_adapter(unet, heads))
-        self.unet.freeze_unet2d_params()
+        pictures = load_base(base, parts=["unet"]).unet
+        self.unet = motion_unet(pictures, build_motion_adapter(pictures, heads))
+        for modules in [self.unet] if tuned else motion_modules(self.unet):
+            modules.requires_grad_(True)
+        self.__dict__["picture_unet"] = pictures  # whose layers are those of `unet`: stored once
         self.schedule = Schedule(build_scheduler())
         self.drop_text, self.min_snr, self.lowest_snr, self.compile_network = drop_text, min_snr, lowest_snr, compile
+        self.spatial_lr, self.contrast_weight = spatial_lr, contrast_weight
         self.guidance, self.sample_steps = guidance, sample_steps
 
     def configure_model(self) -> None:
         if self.compile_network:
             self.unet.compile()
+            self.picture_unet.compile()
             self.compile_network = False
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        if self.spatial_lr is None:
+            return super().parameter_groups()
+        temporal = [p for modules in motion_modules(self.unet) for p in modules.parameters()]
+        known = {id(p) for p in temporal}
+        rest = [p for p in self.trainable_parameters() if id(p) not in known]
+        return [{"params": temporal}, {"params": rest, "lr": self.spatial_lr}]
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self.loss(batch)
+        loss = self.loss(batch.get("clips", batch))
         self.log("train/loss", loss)
+        if self.spatial_lr is not None:
+            pictures, language = self.picture_loss(batch["pictures"]), self.text.contrast(batch["pictures"])
+            self.log_dict({"train/loss on pictures": pictures, "train/language": language})
+            loss = loss + pictures + self.contrast_weight * language
         return loss
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Weighted noise prediction error of clips B F C h w under captions B L."""
-        clean = batch["latent"].float()
-        states = self.text(self.text.drop(batch["tokens"], self.drop_text))
-        t = self.schedule.sample_timesteps(len(clean), clean.device)
-        noise = torch.randn_like(clean)
-        output = self.predict_noise(self.schedule.add_noise(clean, noise, t), t, states)
-        return self.schedule.loss(output, clean, noise, t, self.min_snr, self.lowest_snr).mean()
+        how = (self.drop_text, self.min_snr, self.lowest_snr)
+        return noise_error(self.predict_noise, self.schedule, self.text, batch, *how)
+
+    def picture_loss(self, batch: dict[str, Any]) -> Tensor:
+        """The same of pictures B C h w, past the temporal layers."""
+        how = (self.drop_text, self.min_snr, self.lowest_snr)
+        return noise_error(lambda *x: self.picture_unet(*x).sample, self.schedule, self.text, batch, *how)
 
     def predict_noise(self, noisy: Tensor, t: Tensor, states: Tensor) -> Tensor:
         """Noise B F C h w in clips B F C h w; the network wants channels before frames and text once a frame."""
@@ -113,4 +139,6 @@ class Motion(BasePart):
         weights = {n: w for n, w in self.unet.state_dict().items() if "motion_modules" in n}
         adapter = build_motion_adapter(self.unet, self.heads)
         adapter.load_state_dict(weights)
-        return {"motion_adapter": adapter}
+        if self.spatial_lr is None:
+            return {"motion_adapter": adapter}
+        return {"motion_adapter": adapter, "unet": self.picture_unet, "text_encoder": self.text.encoder}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,22 +85,20 @@ class TextToImage(BasePart):
         loss = self.loss(batch)
         self.log("train/loss", loss)
         if self.text_lr is not None:
-            language = contrast(self.text.embed(batch["tokens"]), batch["image_embedding"], scale=_CONTRAST_SCALE)
+            language = self.text.contrast(batch)
             self.log("train/language", language)
             loss = loss + self.contrast_weight * language
         return loss
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Weighted noise prediction error of latents B C h w under captions B L."""
-        clean = batch["latent"].float()
-        states = self.text(self.text.drop(batch["tokens"], self.drop_text))
-        t = self.schedule.sample_timesteps(len(clean), clean.device)
-        noise = torch.randn_like(clean)
-        noisy = self.schedule.add_noise(clean, noise, t).to(memory_format=torch.channels_last)
         # validation goes round the compiled call, which would be compiled again for every other batch size
         network = self.unet if self.training else self.unet.forward
-        output = network(noisy, t, states).sample
-        return self.schedule.loss(output, clean, noise, t, self.min_snr, self.lowest_snr).mean()
+
+        def predict(noisy: Tensor, t: Tensor, states: Tensor) -> Tensor:
+            return network(noisy.to(memory_format=torch.channels_last), t, states).sample
+
+        return noise_error(predict, self.schedule, self.text, batch, self.drop_text, self.min_snr, self.lowest_snr)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.log("val/loss", self.loss(batch), batch_size=len(batch["tokens"]), sync_dist=True)
@@ -128,6 +127,27 @@ class TextToImage(BasePart):
     def parts(self) -> dict[str, Any]:
         parts = {"unet": self.unet, "scheduler": build_scheduler()}
         return parts if self.text_lr is None else parts | {"text_encoder": self.text.encoder}
+
+
+def noise_error(
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    text: Text,
+    batch: dict[str, Any],
+    drop_text: float,
+    min_snr: float | None,
+    lowest_snr: float,
+) -> Tensor:
+    """Mean weighted error of what `predict` gives for noisy latents, timesteps and text states.
+
+    batch: "latent" B ... and "tokens" B L, of which a share `drop_text` is replaced by the empty caption.
+    """
+    clean = batch["latent"].float()
+    states = text(text.drop(batch["tokens"], drop_text))
+    t = schedule.sample_timesteps(len(clean), clean.device)
+    noise = torch.randn_like(clean)
+    output = predict(schedule.add_noise(clean, noise, t), t, states)
+    return schedule.loss(output, clean, noise, t, min_snr, lowest_snr).mean()
 
 
 class Text(torch.nn.Module):
@@ -163,3 +183,7 @@ class Text(torch.nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Unit embeddings B D of captions B L."""
         return F.normalize(self.encoder(input_ids=tokens).pooler_output.float(), dim=-1)
+
+    def contrast(self, batch: dict[str, Any]) -> Tensor:
+        """Contrastive loss of the captions "tokens" B L against "image_embedding" B D."""
+        return contrast(self.embed(batch["tokens"]), batch["image_embedding"], scale=_CONTRAST_SCALE)
