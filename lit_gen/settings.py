@@ -103,6 +103,14 @@ def read(path: Path) -> Settings:
             loader.dispose()
 
 
+def _flatten(loader: _Loader, node: yaml.MappingNode) -> None:
+    """Resolve `<<` in place; a mapping's own keys win over merged ones, and only the former can be written twice."""
+    own = [(key, value) for key, value in node.value if key.tag != f"{TAG}merge"]
+    loader.flatten_mapping(node)  # what was merged comes first, and of that the most important last
+    merged = {key.value: (key, value) for key, value in node.value[: len(node.value) - len(own)]}
+    node.value = [merged[name] for name in merged if name not in {key.value for key, _ in own}] + own
+
+
 def _build(loader: _Loader, node: yaml.Node, file: str, path: KeyPath, origins: dict[KeyPath, str]) -> Any:
     where = f"{file}:{node.start_mark.line + 1}"
     if node.tag not in PLAIN_TAGS:
@@ -112,7 +120,7 @@ def _build(loader: _Loader, node: yaml.Node, file: str, path: KeyPath, origins: 
     if len(origins) > AT_MOST:
         raise UserError(f"{where}: more than {AT_MOST:,} settings; aliases (*name) may have multiplied them")
     if isinstance(node, yaml.MappingNode):
-        loader.flatten_mapping(node)
+        _flatten(loader, node)
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = str(loader.construct_object(key_node))

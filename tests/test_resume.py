@@ -131,10 +131,9 @@ def logs(folder: Path) -> str:
 @pytest.mark.parametrize("file", RUN, ids=str)
 def test_killed_at_a_random_instant(file: Path, forks: Forks, universe: Path) -> None:
     name = "-".join(file.with_suffix("").parts[1:])
-    settings = {"data__init_args__workers": 0} if "base" in file.parts else {}
-    seconds = train_straight(forks, universe, words(file, f"{name}/straight", **settings))
+    seconds = train_straight(forks, universe, words(file, f"{name}/straight"))
     instant = random.Random(str(file)).random() * seconds
-    argv = words(file, f"{name}/killed", **settings)
+    argv = words(file, f"{name}/killed")
     kill_and_continue(forks, universe, argv, [instant])
     compare(run_of(universe, words(file, f"{name}/straight")), run_of(universe, argv))
 
