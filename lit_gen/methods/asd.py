@@ -6,35 +6,30 @@ alongside, has nothing left to say about them. No data is needed.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from lit_gen.callbacks.samples import contact_sheet, save
-from lit_gen.diffusion.base import PIPELINE_PARTS, load_base
-from lit_gen.diffusion.objective import Schedule
+from lit_gen.callbacks.samples import contact_sheet
 from lit_gen.diffusion.sampling import noise_from
 from lit_gen.diffusion.text import encode_text
 from lit_gen.distillation.contract import Prompts, Score, ScoreDistillation
+from lit_gen.distillation.pictures import DistilledPictures
 from lit_gen.distillation.players import UNetTeacher
 from lit_gen.distillation.players import discriminator as grown
 from lit_gen.distillation.siblings import ASD, SDS, ClassifierSD
 from lit_gen.errors import UserError
-from lit_gen.methods.base import Method, Optimizer
+from lit_gen.methods.base import Optimizer
 from lit_gen.metrics.counterparts import WorldPrompts, pictures_of
 from lit_gen.metrics.palette import coverage_error, palette_error
-from lit_gen.metrics.scores import Scores
 from lit_gen.world.scene import Scenes
 
 Sibling = Literal["asd", "vsd", "sds", "classifier"]
 RUNAWAY = 3.0  # times the teacher's own length that a discriminator may be away from it before we warn
-_STRIP = 8  # moments kept for the strips over time
 
 
-class Particles(Method):
+class Particles(DistilledPictures):
     """Text to image: particles of every prompt, all in one batch.
 
     Args:
@@ -81,10 +76,8 @@ class Particles(Method):
         truths: int = 256,
         optimizer: Optimizer = Optimizer(lr=0.03, weight_decay=0.0, clip_norm=0.0),
     ) -> None:
-        super().__init__(optimizer)
-        self.base = load_base(base, parts=PIPELINE_PARTS)
-        self.schedule = Schedule(self.base.scheduler)
-        self.space, self.count, self.discriminator_lr, self.truths = space, particles, discriminator_lr, truths
+        super().__init__(base, discriminator_lr, oracle, optimizer)
+        self.space, self.count, self.truths = space, particles, truths
         self.texts, self.scenes = _read(prompts, world)
         self.register_buffer("text", encode_text(self.base.tokenizer, self.base.text_encoder, self.texts), False)
         self.register_buffer("null", encode_text(self.base.tokenizer, self.base.text_encoder, [negative]), False)
@@ -97,45 +90,24 @@ class Particles(Method):
             self.distillation: ScoreDistillation = {"sds": SDS, "classifier": ClassifierSD}[sibling](
                 teacher, self.schedule, score
             )
-            self.discriminator = None
         else:
-            self.discriminator = grown(discriminator, self.base.unet, self.schedule, self.text, rank)
+            self.discriminators = [grown(discriminator, self.base.unet, self.schedule, self.text, rank)]
             gamma = 0.0 if sibling == "vsd" else gamma
             self.distillation = ASD(
-                *(teacher, self.schedule, score, self.discriminator, gamma),
+                *(teacher, self.schedule, score, *self.discriminators, gamma),
                 shared=shared,
                 official_v_target=official_v_target,
                 every=discriminator_steps,
             )
-        self._oracle = oracle
         self._warned = False
-        self.scores = Scores()
-        self._strips: list[Tensor] = []
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        groups = [{"params": [self.latents], "lr": self.optimizer_settings.lr}]
-        if self.discriminator is not None:
-            groups.append({"params": self.discriminator.trained(), "lr": self.discriminator_lr, "clip_norm": 1.0})
-        return groups
 
     # -- training -----------------------------------------------------------------------------------------------------
-
-    def train_dataloader(self) -> DataLoader:
-        """Every step is of all particles."""
-        return DataLoader([torch.arange(len(self.latents))] * 100, batch_size=None)
-
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader([torch.arange(len(self.latents))], batch_size=None)
-
-    test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         index = batch // self.count
         prompts = Prompts(self.text[index], self.null.expand(len(index), -1, -1), index=index)
         latents = self.as_latents()
-        if self.global_step % max(1, self.trainer.max_steps // _STRIP) == 0:
-            self._strips.append(latents.detach()[:: self.count].clone())
+        self.remember(latents[:: self.count])
         step = self.distillation(latents, prompts, self.global_step)
         self.log("train/gradient", step.logs.pop("gradient", torch.tensor(0.0)), prog_bar=True, batch_size=len(index))
         self.log_dict({f"train/{name}": value for name, value in step.logs.items()}, batch_size=len(index))
@@ -151,13 +123,6 @@ class Particles(Method):
                 "discriminator_lr, or take gamma above -1"
             )
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["strips"] = self._strips
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self._strips = list(checkpoint.get("strips", []))
-
     def as_latents(self) -> Tensor:
         """The particles as latents P*N C h w, with gradient."""
         if self.space == "latents":
@@ -165,12 +130,11 @@ class Particles(Method):
         posterior = self.base.vae.encode(self.latents.clamp(-1, 1)).latent_dist
         return (posterior.mean - (self.base.vae.config.shift_factor or 0.0)) * self.base.vae.config.scaling_factor
 
-    @torch.no_grad()
     def pictures(self) -> Tensor:
         """The particles as pictures P*N 3 H W in [-1, 1]."""
         if self.space == "pixels":
-            return self.latents.clamp(-1, 1)
-        return torch.cat([self.base.decode(part) for part in self.latents.split(32)])
+            return self.latents.detach().clamp(-1, 1)
+        return super().pictures()
 
     # -- judgement ----------------------------------------------------------------------------------------------------
 
@@ -178,10 +142,6 @@ class Particles(Method):
         pictures = self.pictures()
         if self.scenes is not None:
             self.log_dict(self.judge(pictures), batch_size=len(batch))
-
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-        self.scores.write(self.run_dir)
 
     def judge(self, pictures: Tensor) -> dict[str, Tensor]:
         """Colours and variety against true pictures of each prompt, and what the oracle reads; means over prompts."""
@@ -211,20 +171,14 @@ class Particles(Method):
         size = max(64, pictures.shape[-1])
         shown = [list(row[:8]) for row in pictures.split(self.count)]
         result = {"particles": contact_sheet(shown, rows=self.texts, size=size)}
-        if self._strips and self.space == "latents":
-            moments = [self.base.decode(latents.to(self.device)).cpu() for latents in self._strips]
+        if self.strips and self.space == "latents":
+            moments = [self.base.decode(latents.to(self.device)).cpu() for latents in self.strips]
             rows = [[moment[p] for moment in moments] for p in range(len(self.texts))]
             result["over time"] = contact_sheet(rows, rows=self.texts, size=size)
         return result
 
-    def predict_step(self, batch: Tensor, batch_idx: int) -> Path:
-        """Write every particle as a png and all of them as one sheet."""
-        folder = self.run_dir / "samples" / "predict"
-        for i, picture in enumerate(self.pictures().cpu()):
-            save(folder / f"{i // self.count:02d}-{i % self.count:02d}", picture)
-        path = save(folder / "contact-sheet", self.preview()["particles"])
-        print(f"drawn: {path}")
-        return path
+    def name(self, index: int) -> str:
+        return f"{index // self.count:02d}-{index % self.count:02d}"
 
 
 def latent_shape(base: Any) -> tuple[int, ...]:

@@ -12,29 +12,25 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from lit_gen.callbacks.samples import contact_sheet, save
+from lit_gen.callbacks.samples import contact_sheet
 from lit_gen.data.images import read_picture
-from lit_gen.diffusion.base import PIPELINE_PARTS, load_base
-from lit_gen.diffusion.objective import Schedule
 from lit_gen.diffusion.text import encode_text
 from lit_gen.distillation.contract import Prompts, Score, ScoreDistillation, Timesteps
 from lit_gen.distillation.editing import CDS, DDS, DualASD
+from lit_gen.distillation.pictures import DistilledPictures
 from lit_gen.distillation.players import UNetTeacher, discriminator
 from lit_gen.distillation.siblings import ASD, SDS
 from lit_gen.errors import UserError
 from lit_gen.methods.asd import picture_shape
-from lit_gen.methods.base import Method, Optimizer
+from lit_gen.methods.base import Optimizer
 from lit_gen.metrics.counterparts import CHANGES, WorldEdits
-from lit_gen.metrics.scores import Scores
 from lit_gen.world.render import render
 
 COLUMNS = ("source", "prompt", "target")
 # AdamW with an epsilon far above any gradient is momentum descent: its steps are proportional to gradients, so what the
 # teacher does not ask to change stays. Adam's own would move every number as far.
 _EPSILON = 1e3
-_STRIP = 6  # moments kept for the strips over time
 
 
 @dataclass
@@ -52,7 +48,7 @@ class Edit:
     target: str
 
 
-class Edits(Method):
+class Edits(DistilledPictures):
     """Text-guided editing of pictures, without training data.
 
     Args:
@@ -89,10 +85,7 @@ class Edits(Method):
         oracle: str | None = None,
         optimizer: Optimizer = Optimizer(lr=0.05, betas=(0.0, 0.99), weight_decay=0.0, clip_norm=0.0),
     ) -> None:
-        super().__init__(optimizer)
-        self.base = load_base(base, parts=PIPELINE_PARTS)
-        self.schedule = Schedule(self.base.scheduler)
-        self.discriminator_lr, self._oracle = discriminator_lr, oracle
+        super().__init__(base, discriminator_lr, oracle, optimizer)
         self.truth: Tensor | None = None
         if edits is None:
             self.prompts, self.targets, before, self.after, self.changed = world.draw()
@@ -106,17 +99,14 @@ class Edits(Method):
             pictures = torch.stack(
                 [read_picture(Path(e.source), picture_shape(self.base)[1], "source") for e in wanted]
             )
-        self.register_buffer("pictures", pictures, False)
+        self.register_buffer("originals", pictures, False)
         for name, texts in (("source", self.prompts), ("target", self.targets), ("null", [negative])):
             self.register_buffer(name, encode_text(self.base.tokenizer, self.base.text_encoder, texts), False)
         mean = self.base.posterior(pictures)[:, 0]
         mean = (mean - (self.base.vae.config.shift_factor or 0.0)) * self.base.vae.config.scaling_factor
         self.register_buffer("start", mean, False)
         self.latents = nn.Parameter(mean.clone())
-        self.discriminators: list[nn.Module] = []
         self.distillation = self._sibling(sibling, score, kind, rank, gamma, eta, contrast_weight)
-        self.scores = Scores()
-        self._strips: list[Tensor] = []
 
     def _sibling(
         self, name: str, score: Score, kind: Any, rank: int, gamma: float, eta: float, contrast_weight: float
@@ -133,27 +123,13 @@ class Edits(Method):
         return DualASD(*common, *(ASD(*common, phi, gamma, eta) for phi in self.discriminators))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        groups = [{"params": [self.latents], "lr": self.optimizer_settings.lr * _EPSILON, "eps": _EPSILON}]
-        if self.discriminators:
-            trained = [p for phi in self.discriminators for p in phi.trained()]
-            groups.append({"params": trained, "lr": self.discriminator_lr, "clip_norm": 1.0})
-        return groups
+        pictures, *others = super().parameter_groups()
+        return [pictures | {"lr": pictures["lr"] * _EPSILON, "eps": _EPSILON}, *others]
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> DataLoader:
-        """Every step is of all edits."""
-        return DataLoader([torch.arange(len(self.latents))] * 100, batch_size=None)
-
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader([torch.arange(len(self.latents))], batch_size=None)
-
-    test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
-
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        if self.global_step % max(1, self.trainer.max_steps // _STRIP) == 0:
-            self._strips.append(self.latents.detach()[batch].clone())
+        self.remember(self.latents)
         null = self.null.expand(len(batch), -1, -1)
         prompts = Prompts(self.target[batch], null, self.source[batch], index=batch)
         if isinstance(self.distillation, DDS):
@@ -164,40 +140,24 @@ class Edits(Method):
         generator = step.generator * len(batch)
         return generator if step.discriminator is None else generator + step.discriminator
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["strips"] = self._strips
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self._strips = list(checkpoint.get("strips", []))
-
-    @torch.no_grad()
-    def edited(self) -> Tensor:
-        """The edited pictures B 3 H W in [-1, 1]."""
-        return torch.cat([self.base.decode(part) for part in self.latents.split(32)])
-
     # -- judgement ----------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         if self.truth is not None:
-            found = self.judge(self.edited())
+            found = self.judge(self.pictures())
             self.scores.add(self.targets, **{name.replace(" ", "_"): values for name, values in found.items()})
             means = {name: values[~values.isnan()].mean() for name, values in found.items()}
             self.log_dict({name: mean for name, mean in means.items() if mean == mean}, batch_size=len(batch))
-
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-        self.scores.write(self.run_dir)
 
     def judge(self, pictures: Tensor) -> dict[str, Tensor]:
         """Measures of edits of the world, each of B values: likeness to the true result and to the source where
         nothing was to change, and what the oracle reads."""
         truth = self.truth.to(pictures.device)
-        kept = (truth - self.pictures).abs().amax(1, keepdim=True) < 0.02  # pixels that the true edit leaves alone
+        kept = (truth - self.originals).abs().amax(1, keepdim=True) < 0.02  # pixels that the true edit leaves alone
         moved = (
-            ((pictures - self.pictures).square() * kept).sum((1, 2, 3)) / (3 * kept.sum((1, 2, 3)).clamp(min=1))
+            ((pictures - self.originals).square() * kept).sum((1, 2, 3)) / (3 * kept.sum((1, 2, 3)).clamp(min=1))
         ).sqrt()
-        found = {"psnr": psnr(pictures, truth), "psnr of source": psnr(self.pictures, truth), "moved elsewhere": moved}
+        found = {"psnr": psnr(pictures, truth), "psnr of source": psnr(self.originals, truth), "moved elsewhere": moved}
         if self._oracle:
             from lit_gen.metrics.oracle import bundled
 
@@ -218,20 +178,14 @@ class Edits(Method):
 
     def preview(self) -> dict[str, Tensor]:
         """Rows of source, edit over time, edit and, in the world, the true result."""
-        moments = [self.base.decode(latents.to(self.device)) for latents in self._strips[1:]]
-        columns = [self.pictures, *moments, self.edited(), *([] if self.truth is None else [self.truth])]
+        moments = [self.base.decode(latents.to(self.device)) for latents in self.strips[1:]]
+        columns = [self.originals, *moments, self.pictures(), *([] if self.truth is None else [self.truth])]
         rows = [[column[i].cpu() for column in columns] for i in range(len(self.latents))]
         titles = ["source", *[""] * len(moments), "edit", *([] if self.truth is None else ["truth"])]
-        return {"edits": contact_sheet(rows, columns=titles, rows=self.targets, size=max(64, self.pictures.shape[-1]))}
+        return {"edits": contact_sheet(rows, columns=titles, rows=self.targets, size=max(64, self.originals.shape[-1]))}
 
-    def predict_step(self, batch: Tensor, batch_idx: int) -> Path:
-        """Write every edit as a png and all of them as one sheet."""
-        folder = self.run_dir / "samples" / "predict"
-        for i, picture in enumerate(self.edited().cpu()):
-            save(folder / f"{i:02d}", picture)
-        path = save(folder / "contact-sheet", self.preview()["edits"])
-        print(f"drawn: {path}")
-        return path
+    def name(self, index: int) -> str:
+        return f"{index:02d}"
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

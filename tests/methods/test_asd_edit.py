@@ -80,7 +80,7 @@ def test_a_table_of_edits(tiny_base: Path, here: Path) -> None:
     save(here / "a", torch.zeros(3, 64, 64))
     (here / "edits.csv").write_text("source,prompt,target\na.png,a ball,a cube\na.png, a ball, a cone\n")
     model = Edits(str(tiny_base), str(here / "edits.csv"))
-    assert model.targets == ["a cube", "a cone"] and model.pictures.shape == (2, 3, 64, 64)
+    assert model.targets == ["a cube", "a cone"] and model.originals.shape == (2, 3, 64, 64)
     for text, message in (
         ("source,prompt\na.png,a ball\n", "no column 'target'"),
         ("source,prompt,target\na.png,a ball,\n", "line 2: the target is empty"),
