@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 from safetensors.numpy import load as load_safetensors
 
@@ -21,10 +22,7 @@ VIDEO = ("mp4", "webm", "mov", "mkv", "avi")
 # A file's content decides what reads it, not its name. These readers only compute; others of the same libraries start
 # programs (Ghostscript for EPS), or open the files and addresses that a playlist names.
 _PICTURES = ("PNG", "JPEG", "WEBP")
-_CLIPS = {"format_whitelist": "mov,matroska,avi", "protocol_whitelist": "none"}
-
-# PyAV 17 began to convert each frame with a thread per core, which takes longer than the work for small pictures.
-_ALONE = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+CLIPS = {"format_whitelist": "mov,matroska,avi", "protocol_whitelist": "none"}
 
 
 def open_picture(source: bytes | Path) -> Image.Image:
@@ -43,15 +41,17 @@ def read_image(data: bytes) -> Image.Image:
 
 def read_video(data: bytes) -> np.ndarray:
     """Every frame of a video: F H W 3, uint8."""
-    with av.open(io.BytesIO(data), options=_CLIPS) as container:
+    import av  # here and below: what has no clips needs no video library
+
+    with av.open(io.BytesIO(data), options=CLIPS) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1  # starting threads costs more than a short clip takes
-        to_rgb = VideoReformatter()
+        convert = converter()
         frames = []
         for frame in container.decode(stream):
             if frame.is_corrupt:  # what is missing was made up by the decoder
                 raise ValueError(f"frame {len(frames)} is damaged")
-            frames.append(to_rgb.reformat(frame, format="rgb24", **_ALONE).to_ndarray())
+            frames.append(convert(frame, format="rgb24").to_ndarray())
     if not frames:
         raise ValueError("the video has no frames")
     return np.stack(frames)
@@ -95,8 +95,10 @@ def encode_image(rgb: np.ndarray) -> bytes:
 
 def encode_video(rgb: np.ndarray, rate: int = 8) -> bytes:
     """F H W 3 uint8 to a nearly lossless mp4 (full chroma, since half-resolution colour ruins small pictures)."""
+    import av
+
     buffer = io.BytesIO()
-    to_yuv = VideoReformatter()
+    convert = converter()
     with av.open(buffer, "w", format="mp4") as container:
         # With lookahead (which "zerolatency" turns off) x264 wrote other bytes for the same clip in one of ten runs.
         options = {"crf": "6", "preset": "veryfast", "tune": "zerolatency", "threads": "1"}
@@ -105,6 +107,16 @@ def encode_video(rgb: np.ndarray, rate: int = 8) -> bytes:
         stream.pix_fmt = "yuv444p"
         for pixels in rgb:
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            container.mux(stream.encode(to_yuv.reformat(frame, format="yuv444p", **_ALONE)))
+            container.mux(stream.encode(convert(frame, format="yuv444p")))
         container.mux(stream.encode())
     return buffer.getvalue()
+
+
+def converter() -> Callable[..., Any]:
+    """What turns a frame into another pixel format."""
+    from av import __version__ as version
+    from av.video.reformatter import VideoReformatter
+
+    # PyAV 17 began to convert each frame with a thread per core, which takes longer than the work for small pictures.
+    alone = {"threads": 1} if int(version.split(".")[0]) >= 17 else {}
+    return partial(VideoReformatter().reformat, **alone)

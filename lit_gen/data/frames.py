@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
-from lit_gen.data.decode import _ALONE, _CLIPS
+from lit_gen.data.decode import CLIPS, converter
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
 
 
 def read_frames(source: Path | bytes, frames: int) -> np.ndarray:
@@ -18,6 +20,8 @@ def read_frames(source: Path | bytes, frames: int) -> np.ndarray:
     Raises:
         ValueError: it cannot be decoded, or has no frames.
     """
+    import av  # here and below: what has no clips needs no video library
+
     from lit_gen.data.stories import segment_frames
 
     try:
@@ -26,11 +30,11 @@ def read_frames(source: Path | bytes, frames: int) -> np.ndarray:
             raise ValueError("the video has no frames")
         wanted = segment_frames(count, frames, None)
         chosen, kept = set(wanted.tolist()), {}
-        to_rgb = VideoReformatter()
+        convert = converter()
         with _open(source) as container:
             for number, frame in enumerate(container.decode(container.streams.video[0])):
                 if number in chosen:
-                    kept[number] = to_rgb.reformat(frame, format="rgb24", **_ALONE).to_ndarray()
+                    kept[number] = convert(frame, format="rgb24").to_ndarray()
                 if number >= wanted[-1]:
                     break
     except (av.error.FFmpegError, IndexError) as error:
@@ -40,8 +44,10 @@ def read_frames(source: Path | bytes, frames: int) -> np.ndarray:
     return np.stack([kept[number] for number in wanted.tolist()])
 
 
-def _open(source: Path | bytes) -> av.container.InputContainer:
-    options = _CLIPS if isinstance(source, bytes) else {"format_whitelist": _CLIPS["format_whitelist"]}
+def _open(source: Path | bytes) -> InputContainer:
+    import av
+
+    options = CLIPS if isinstance(source, bytes) else {"format_whitelist": CLIPS["format_whitelist"]}
     return av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), options=options)
 
 
