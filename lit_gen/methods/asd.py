@@ -21,8 +21,7 @@ from lit_gen.distillation.players import discriminator as grown
 from lit_gen.distillation.siblings import ASD, SDS, ClassifierSD
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Optimizer
-from lit_gen.metrics.counterparts import WorldPrompts, pictures_of
-from lit_gen.metrics.palette import coverage_error, palette_error
+from lit_gen.metrics.counterparts import WorldPrompts, judge_prompts
 from lit_gen.world.scene import Scenes
 
 Sibling = Literal["asd", "vsd", "sds", "classifier"]
@@ -145,25 +144,9 @@ class Particles(DistilledPictures):
 
     def judge(self, pictures: Tensor) -> dict[str, Tensor]:
         """Colours and variety against true pictures of each prompt, and what the oracle reads; means over prompts."""
-        rows: dict[str, list[Tensor]] = {}
-        for i, (text, own) in enumerate(zip(self.texts, pictures.split(self.count), strict=True)):
-            truth, scenes = pictures_of(self.scenes[i : i + 1].to(self.device), self.truths)
-            found = palette_error(own, truth)
-            if self._oracle:
-                from lit_gen.metrics.oracle import bundled
-                from lit_gen.world.vocabulary import PATTERNS
-
-                reading = bundled(self._oracle).to(self.device).read(own)
-                shown = reading.present & (reading.kind == self.scenes.kind[i, 0])
-                right = (shown & (reading.colour == self.scenes.colour[i, 0])).any(1)
-                found["prompt accuracy"] = right.float().mean()
-                # of the object that was asked for, where it is there
-                pattern = reading.pattern.gather(1, shown.float().argmax(1, keepdim=True))[shown.any(1)]
-                found["pattern coverage error"] = coverage_error(pattern, scenes.pattern[:, 0], len(PATTERNS))
-            self.scores.add([text], **{name.replace(" ", "_"): value[None] for name, value in found.items()})
-            for name, value in found.items():
-                rows.setdefault(name, []).append(value)
-        return {name: torch.stack(values).mean() for name, values in rows.items()}
+        found = judge_prompts(pictures, self.scenes.to(self.device), self.truths, self._oracle)
+        self.scores.add(self.texts, **{name.replace(" ", "_"): values for name, values in found.items()})
+        return {name: values.mean() for name, values in found.items()}
 
     def preview(self) -> dict[str, Tensor]:
         """Every particle, and the first of each prompt over time."""

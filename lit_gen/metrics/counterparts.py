@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_gen.errors import UserError
+from lit_gen.metrics.palette import coverage_error, palette_error
 from lit_gen.world.grammar import Caption, captions
 from lit_gen.world.render import render
 from lit_gen.world.sampling import sample
@@ -98,6 +99,33 @@ def pictures_of(scene: Scenes, count: int, seed: int = 1) -> tuple[Tensor, Scene
     kind[:, 0], colour[:, 0] = scene.kind[0, 0], scene.colour[0, 0]
     scenes = scenes.replace(kind=kind, colour=colour)
     return render(scenes).rgb * 2 - 1, scenes
+
+
+def judge_prompts(pictures: Tensor, scenes: Scenes, truths: int, oracle: str | None) -> dict[str, Tensor]:
+    """Measures of pictures of `WorldPrompts`, each of P values, one for each prompt.
+
+    Args:
+        pictures: P*N 3 64 64 in [-1, 1], those of a prompt together.
+        scenes: P of them, as `WorldPrompts.draw` gives them.
+        truths: true pictures of each prompt that colours and variety are compared with.
+        oracle: folder of the oracle; without one only colours are compared.
+    """
+    rows: dict[str, list[Tensor]] = {}
+    for i, own in enumerate(pictures.unflatten(0, (len(scenes), -1))):
+        truth, true_scenes = pictures_of(scenes[i : i + 1], truths)
+        found = palette_error(own, truth)
+        if oracle:
+            from lit_gen.metrics.oracle import bundled
+
+            reading = bundled(oracle).to(pictures.device).read(own)
+            shown = reading.present & (reading.kind == scenes.kind[i, 0])
+            found["prompt accuracy"] = (shown & (reading.colour == scenes.colour[i, 0])).any(1).float().mean()
+            # of the object that was asked for, where it is there
+            pattern = reading.pattern.gather(1, shown.float().argmax(1, keepdim=True))[shown.any(1)]
+            found["pattern coverage error"] = coverage_error(pattern, true_scenes.pattern[:, 0], len(PATTERNS))
+        for name, value in found.items():
+            rows.setdefault(name, []).append(value)
+    return {name: torch.stack(values) for name, values in rows.items()}
 
 
 def _singles(split: str, seed: int, device: torch.device | str = "cpu") -> Scenes:

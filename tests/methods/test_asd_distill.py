@@ -1,0 +1,69 @@
+"""A one-step generator distilled from a tiny base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from data.shard_sets import image_set
+
+from lit_gen.errors import UserError
+from lit_gen.methods.asd import latent_shape
+from lit_gen.methods.asd_distill import OneStep
+
+Command = Callable[..., int]
+SMALL = {"pictures": 2, "teacher_steps": 2}
+
+
+def settings(base: Path, data: Path, **more: object) -> dict:
+    return {
+        "trainer": {"accelerator": "cpu", "max_steps": 3, "val_check_interval": 3, "check_val_every_n_epoch": None},
+        "model": {
+            "class_path": "lit_gen.methods.asd_distill.OneStep",
+            "init_args": {"base": str(base), **SMALL, **more},
+        },
+        "data": {
+            "class_path": "lit_gen.data.module.Images",
+            "init_args": {"train": str(data), "val": str(data), "batch_size": 4, "size": 64},
+        },
+    }
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_trains_both_players_and_draws(lit_gen: Command, tiny_base: Path, here: Path, cached: bool) -> None:
+    data = image_set(here / "set", (4, 4))
+    file = settings(tiny_base, data)
+    file["data"]["init_args"] |= {"cached": "float32"} if cached else {}
+    (here / "x.yaml").write_text(yaml.safe_dump(file))
+    if cached:
+        assert lit_gen("cache", "-c", "x.yaml") == 0
+    assert lit_gen("fit", "-c", "x.yaml", "--trainer.callbacks+", "lit_gen.callbacks.samples.Samples") == 0
+    weights = torch.load("runs/x/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    start = OneStep(str(tiny_base), **SMALL)
+    before = dict(start.named_parameters())
+    moved = [name for name, weight in weights.items() if not torch.equal(weight, before[name])]
+    assert any(name.startswith("generator.") for name in moved) and any("lora_B" in name for name in moved)
+    assert all(name.startswith("generator.") or "lora" in name for name in weights)
+    assert list(Path("runs/x/samples").glob("step-000003/pictures.png"))
+    assert "palette error" in json.loads(Path("runs/x/metrics.json").read_text())["validate"]
+    assert lit_gen("predict", "-c", "x.yaml", "--model.prompts", '["a red cube"]') == 0
+    assert len(list(Path("runs/x/samples/predict").glob("00-*.png"))) == 2
+
+
+def test_the_generator_starts_as_the_bases_estimate_and_draws_in_one_pass(tiny_base: Path) -> None:
+    model = OneStep(str(tiny_base), **SMALL)
+    noise, states = torch.randn(3, *latent_shape(model.base)), model._states(["a", "b", "c"])
+    passes: list[int] = []
+    model.generator.register_forward_hook(lambda *_: passes.append(1))
+    drawn = model.generate(noise, states)
+    assert passes == [1] and drawn.requires_grad
+    t = torch.full((3,), model.level)
+    own = model.distillation.teacher(noise, t, states)
+    abar = model.schedule.alphas_cumprod[model.level]
+    torch.testing.assert_close(drawn, (noise - (1 - abar).sqrt() * own) / abar.sqrt(), atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="noise_level is 1.0"):
+        OneStep(str(tiny_base), noise_level=1.0)
