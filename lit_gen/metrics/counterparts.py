@@ -85,7 +85,8 @@ class WorldEdits:
         columns = {column: getattr(before, column).clone() for column, _ in CHANGES.values()}
         for i, change in enumerate(changed):
             column, values = CHANGES[change]
-            columns[column][i, 0] = (columns[column][i, 0] + 1 + i // len(CHANGES)) % values
+            away = 1 + i // len(CHANGES) % (values - 1)  # never all the way round
+            columns[column][i, 0] = (columns[column][i, 0] + away) % values
         after = before.replace(**columns)
         texts = ([c.text for c in captions(s, "full", seed=self.seed)] for s in (before, after))
         return *texts, before, after, changed

@@ -63,8 +63,8 @@ def test_an_edit_of_nothing_moves_nothing(tiny_base: Path, here: Path) -> None:
 
 
 def test_edits_of_the_world_change_one_attribute() -> None:
-    prompts, targets, before, after, changed = WorldEdits(6).draw()
-    assert changed == [*CHANGES] * 2
+    prompts, targets, before, after, changed = WorldEdits(24).draw()
+    assert changed == [*CHANGES] * 8
     for i, change in enumerate(changed):
         differ = [
             name
