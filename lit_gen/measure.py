@@ -8,7 +8,6 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from lit_gen.bench import RESULT, WINDOW
 from lit_gen.callbacks.checkpoint import Checkpoint
 from lit_gen.callbacks.record import provenance
 from lit_gen.callbacks.speed import UNKNOWN, Counts, Speed, kind_of, peak_memory
+from lit_gen.data.loader import endless
 from lit_gen.errors import UserError
 from lit_gen.experiment import Run
 from lit_gen.scale.shards import size
@@ -230,12 +230,6 @@ class BareLoop:
 
 def _silent(*_: Any, **__: Any) -> None:
     pass
-
-
-def endless(loader: Any) -> Iterator[Any]:
-    """Epoch after epoch of a loader."""
-    while True:
-        yield from loader
 
 
 def machine(device: torch.device) -> dict[str, Any]:

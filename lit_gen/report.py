@@ -142,7 +142,7 @@ def _pictures(sweep: Sweep, tested: dict[str, list[Cell]], out: Path) -> list[tu
             target.parent.mkdir(parents=True, exist_ok=True)
             with Image.open(files[-1]) as picture:
                 picture.thumbnail((_WIDTH, 2 * _WIDTH))
-                picture.convert("RGB").save(target, quality=88)  # a fifth of a png, in the repository for good
+                picture.convert("RGB").save(target, quality=88)  # not png: a repository keeps every version
             found.append((arm, target))
     return found
 

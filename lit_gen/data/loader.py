@@ -272,3 +272,9 @@ def _differing(what: str, samples: list[dict[str, Any]], told: Callable[[dict], 
 def _as_it_is(batch: Any) -> Any:
     """Spares the DataLoader its search for arrays to convert."""
     return batch
+
+
+def endless(loader: Iterable[Any]) -> Iterator[Any]:
+    """Epoch after epoch of a loader."""
+    while True:
+        yield from loader

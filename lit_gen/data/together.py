@@ -9,6 +9,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
+from lit_gen.data.loader import endless
 from lit_gen.data.world import Draws, RenderedWorld
 
 
@@ -67,9 +68,3 @@ class PicturesAndClips(L.LightningDataModule):
             return self.clips.transfer_batch_to_device(batch, device, dataloader_idx)
         parts = {"clips": self.clips, "pictures": self.pictures}
         return {n: part.transfer_batch_to_device(batch[n], device, dataloader_idx) for n, part in parts.items()}
-
-
-def endless(draws: Draws) -> Iterator[dict[str, Tensor]]:
-    """Epoch after epoch."""
-    while True:
-        yield from draws

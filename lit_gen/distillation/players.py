@@ -86,7 +86,7 @@ class LoRAFake(nn.Module):
         return self._trained
 
 
-def discriminator(
+def grow_discriminator(
     kind: Literal["lora", "embedding"], unet: nn.Module, schedule: Schedule, text: Tensor, rank: int = 4
 ) -> EmbeddingFake | LoRAFake:
     """A discriminator over a frozen UNet; `text` (P L D) are the prompts an embedding starts from."""

@@ -16,8 +16,7 @@ from lit_gen.diffusion.sampling import noise_from
 from lit_gen.diffusion.text import encode_text
 from lit_gen.distillation.contract import Prompts, Score, ScoreDistillation
 from lit_gen.distillation.pictures import DistilledPictures
-from lit_gen.distillation.players import UNetTeacher
-from lit_gen.distillation.players import discriminator as grown
+from lit_gen.distillation.players import UNetTeacher, grow_discriminator
 from lit_gen.distillation.siblings import ASD, SDS, ClassifierSD
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Optimizer
@@ -90,7 +89,7 @@ class Particles(DistilledPictures):
                 teacher, self.schedule, score
             )
         else:
-            self.discriminators = [grown(discriminator, self.base.unet, self.schedule, self.text, rank)]
+            self.discriminators = [grow_discriminator(discriminator, self.base.unet, self.schedule, self.text, rank)]
             gamma = 0.0 if sibling == "vsd" else gamma
             self.distillation = ASD(
                 *(teacher, self.schedule, score, *self.discriminators, gamma),

@@ -18,7 +18,7 @@ from lit_gen.diffusion.objective import Schedule
 from lit_gen.diffusion.sampling import classifier_free, ddim, noise_from
 from lit_gen.diffusion.text import encode_text
 from lit_gen.distillation.contract import Prompts, Score
-from lit_gen.distillation.players import UNetTeacher, discriminator
+from lit_gen.distillation.players import UNetTeacher, grow_discriminator
 from lit_gen.distillation.siblings import ASD
 from lit_gen.errors import UserError
 from lit_gen.methods.asd import hash_of, latent_shape
@@ -81,7 +81,7 @@ class OneStep(Method):
         self.prompts = prompts or [caption.text for caption in WorldPrompts(6).draw()[0]]
         self.count = pictures
         self.register_buffer("null", self._states([negative]), False)
-        fake = discriminator("lora", self.base.unet, self.schedule, self.null, rank)
+        fake = grow_discriminator("lora", self.base.unet, self.schedule, self.null, rank)
         self.distillation = ASD(UNetTeacher(self.base.unet, self.schedule), self.schedule, score, fake, gamma, eta)
         self.scores = Scores()
         self._shown: list[str] = []

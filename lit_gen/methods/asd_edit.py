@@ -19,7 +19,7 @@ from lit_gen.diffusion.text import encode_text
 from lit_gen.distillation.contract import Prompts, Score, ScoreDistillation, Timesteps
 from lit_gen.distillation.editing import CDS, DDS, DualASD
 from lit_gen.distillation.pictures import DistilledPictures
-from lit_gen.distillation.players import UNetTeacher, discriminator
+from lit_gen.distillation.players import UNetTeacher, grow_discriminator
 from lit_gen.distillation.siblings import ASD, SDS
 from lit_gen.errors import UserError
 from lit_gen.methods.asd import picture_shape
@@ -119,7 +119,7 @@ class Edits(DistilledPictures):
         if name == "cds":
             return CDS(*common, self.base.unet, contrast_weight)
         texts = (self.target, self.source)
-        self.discriminators = [discriminator(kind, self.base.unet, self.schedule, text, rank) for text in texts]
+        self.discriminators = [grow_discriminator(kind, self.base.unet, self.schedule, text, rank) for text in texts]
         return DualASD(*common, *(ASD(*common, phi, gamma, eta) for phi in self.discriminators))
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ class Motion(BasePart):
 
     Single pictures do not show whether a thing spins or which way it goes, so a text-to-image model's layers need not
     tell such words apart, and then the temporal layers cannot. With `spatial_lr` its layers and its text encoder learn
-    along, from clips and pictures in turn: batches are then {"clips": ..., "pictures": ...}.
+    along, from clips and pictures in every step: batches are then {"clips": ..., "pictures": ...}.
 
     Args:
         base: folder whose tokenizer, text_encoder, vae and unet are used.

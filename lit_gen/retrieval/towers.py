@@ -6,34 +6,17 @@ Letters: B videos or texts, F frames, L tokens, D width.
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    CLIPModel,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    CLIPVisionModelWithProjection,
-)
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer, BertConfig, BertModel, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from lit_gen.errors import UserError
+from lit_gen.retrieval.pretrained import load_text, load_vision, normalisation, text_projection
 
-_SAFE = {"use_safetensors": True, "attn_implementation": "sdpa"}
 _ALIKE = 32  # texts of about the same length encoded together on a CPU
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "query", "key", "value")
 
@@ -137,13 +120,13 @@ class FrameEncoder(nn.Module):
             self.vision = CLIPVisionModel(CLIPVisionConfig(**sizes, **shape, attn_implementation="sdpa"))
             self.projection = None
         else:
-            self.vision, self.projection = _load_vision(folder)
+            self.vision, self.projection = load_vision(folder)
         config = self.vision.config
         self.size, self.grid = config.image_size, config.image_size // config.patch_size
         if self.cells and self.grid % self.cells:
             raise UserError(f"video.cells is {self.cells}, which does not divide the {self.grid} patches of a row")
         self.width = config.hidden_size * (1 + self.cells**2)
-        mean, std = _normalisation(folder)
+        mean, std = normalisation(folder)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.frozen = _set_trainable(self.vision, settings.frozen, settings.lora)
@@ -236,13 +219,13 @@ class TextEncoder(nn.Module):
             vocabulary = max(u.vocabulary, len(self.tokenizer))
             self.model = BertModel(BertConfig(vocab_size=vocabulary, **sizes, **more), add_pooling_layer=False)
         else:
-            self.model = _load_text(folder)
+            self.model = load_text(folder)
         table = _position_table(self.model)
         self.max_tokens = settings.max_tokens or len(table.weight)
         if self.max_tokens > len(table.weight):
             _lengthen(self.model, self.max_tokens)
         self.width = self.model.config.hidden_size
-        self.projection = _text_projection(folder, self.model, self.width) if settings.untrained is None else None
+        self.projection = text_projection(folder, self.model, self.width) if settings.untrained is None else None
         self.frozen = _set_trainable(self.model, settings.frozen, settings.lora)
         self.tokenizer.model_max_length = 1 << 20  # texts are cut here, and counted
 
@@ -278,82 +261,6 @@ class TextEncoder(nn.Module):
 
     def train(self, mode: bool = True) -> TextEncoder:
         return super().train(mode and not self.frozen)
-
-
-# -- loading ----------------------------------------------------------------------------------------------------------
-
-
-def _load(cls: Any, folder: str | None, what: str) -> nn.Module:
-    if not folder:
-        raise UserError(f"no {what} encoder: name its folder with model.init_args.{what}, or its size with `untrained`")
-    try:
-        with _quiet():  # about the weights of a folder's other parts
-            return cls.from_pretrained(folder, **_SAFE)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no {what} encoder that can be read: {str(error).splitlines()[0]}") from None
-
-
-def _load_vision(folder: str | None) -> tuple[nn.Module, Tensor | None]:
-    """A CLIP vision model and, where its folder has one, the projection of its class token to the texts' space."""
-    try:
-        config = AutoConfig.from_pretrained(folder) if folder else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no vision encoder that can be read: {str(error).splitlines()[0]}") from None
-    joint = config is not None and config.model_type == "clip"
-    if joint or "CLIPVisionModelWithProjection" in (getattr(config, "architectures", None) or []):
-        whole = _load(CLIPModel if joint else CLIPVisionModelWithProjection, folder, "vision")
-        return _load(CLIPVisionModel, folder, "vision"), whole.visual_projection.weight.detach().clone()
-    return _load(CLIPVisionModel, folder, "vision"), None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
-def _load_text(folder: str | None) -> nn.Module:
-    try:
-        kind = AutoConfig.from_pretrained(folder).model_type if folder else ""
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no text encoder that can be read: {str(error).splitlines()[0]}") from None
-    if kind in ("clip", "clip_text_model"):
-        return _load(CLIPTextModel, folder, "text")
-    return _load(BertWithoutPooler if kind == "bert" else AutoModel, folder, "text")
-
-
-def _text_projection(folder: str | None, model: nn.Module, width: int) -> Tensor | None:
-    """What a CLIP text model's states are projected by; a model without a projection was trained with its states."""
-    if not isinstance(model, CLIPTextModel):
-        return None
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type == "clip":
-        return _load(CLIPModel, folder, "text").text_projection.weight.detach().clone()
-    if "CLIPTextModelWithProjection" in (config.architectures or []):
-        return _load(CLIPTextModelWithProjection, folder, "text").text_projection.weight.detach().clone()
-    return torch.eye(width)
-
-
-class BertWithoutPooler:
-    """BERT without the pooling layer, whose weights a contrastive loss would not train."""
-
-    @staticmethod
-    def from_pretrained(folder: str, **options: Any) -> BertModel:
-        return BertModel.from_pretrained(folder, add_pooling_layer=False, **options)
-
-
-def _normalisation(folder: str | None) -> tuple[list[float], list[float]]:
-    """Mean and deviation of a vision model's input, from beside its weights or its base's feature extractor."""
-    places = [Path(folder), Path(folder).parent / "feature_extractor"] if folder else []
-    for place in places:
-        if (file := place / "preprocessor_config.json").is_file():
-            said = json.loads(file.read_text())
-            return said.get("image_mean", OPENAI_CLIP_MEAN), said.get("image_std", OPENAI_CLIP_STD)
-    return OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
 def _set_trainable(model: nn.Module, frozen: bool, lora: LoRA | None) -> bool:
