@@ -1,17 +1,17 @@
 """`python -m lit_gen VERB`."""
 
+from typing import NoReturn
+
 from lit_gen import interrupts
 
 interrupts.install()  # before anything slow: a signal during the imports must be remembered, not kill the process
 
 
-def main() -> int:
+def main() -> NoReturn:
     from lit_gen.cli import main as run
 
-    status = run()
-    interrupts.let_go()
-    return status
+    interrupts.end(run())
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
