@@ -21,6 +21,9 @@ READ = 5.0  # seconds between readings of values that lie on a GPU
 class Progress(ProgressBar):
     """One line that is rewritten on a terminal, and a new line now and then in a log file.
 
+    It tells the figures that the module's `told_in_progress` begins the names of, and those logged with `prog_bar=True`.
+    The latter are slow on a GPU: Lightning reads them, and so waits for the device, in every step.
+
     Args:
         name: what is being run.
         every: seconds between lines where the output is not a terminal.
@@ -63,8 +66,9 @@ class Progress(ProgressBar):
             return
         # Reading a value waits for the GPU to end the step; at every redraw, that would keep it from running ahead.
         if last or trainer.strategy.root_device.type == "cpu" or now - self._read >= READ:
-            values = self.get_metrics(trainer, pl_module)
-            self._values, self._read = {k: v for k, v in values.items() if k != "v_num"}, now
+            told = getattr(pl_module, "told_in_progress", ())
+            values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(told)}
+            self._values, self._read = values | trainer.progress_bar_metrics, now
         self._shown = now
         self._print(self._line(trainer), stays=last)
 

@@ -31,6 +31,7 @@ class DistilledPictures(Method):
         optimizer: settings of the optimizer.
     """
 
+    told_in_progress = ("train/gradient",)
     latents: nn.Parameter
 
     def __init__(self, base: str, discriminator_lr: float, oracle: str | None, optimizer: Optimizer) -> None:

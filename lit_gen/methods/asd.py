@@ -107,7 +107,6 @@ class Particles(DistilledPictures):
         latents = self.as_latents()
         self.remember(latents[:: self.count])
         step = self.distillation(latents, prompts, self.global_step)
-        self.log("train/gradient", step.logs.pop("gradient", torch.tensor(0.0)), prog_bar=True, batch_size=len(index))
         self.log_dict({f"train/{name}": value for name, value in step.logs.items()}, batch_size=len(index))
         return step.total
 

@@ -53,6 +53,8 @@ class OneStep(Method):
         optimizer: settings of the optimizer.
     """
 
+    told_in_progress = ("train/gradient",)
+
     def __init__(
         self,
         base: str = "data/world-base",

@@ -67,6 +67,8 @@ class Method(L.LightningModule):
 
     # Why a method cannot run under DeepSpeed, as the second half of a sentence; None if it can.
     refuses_zero: str | None = None
+    # What the names begin with of the logged figures that the progress line tells.
+    told_in_progress: tuple[str, ...] = ("train/loss",)
 
     def __init__(self, optimizer: Optimizer = Optimizer()) -> None:
         super().__init__()

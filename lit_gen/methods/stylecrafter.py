@@ -206,7 +206,7 @@ class StyleCrafter(Method):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         kind = "clips" if "video" in batch else "pictures"
         loss = self.loss(batch).mean()
-        self.log(f"train/loss on {kind}", loss, prog_bar=True, batch_size=len(batch["caption"]))
+        self.log(f"train/loss on {kind}", loss, batch_size=len(batch["caption"]))
         return loss
 
     def loss(self, batch: dict[str, Any]) -> Tensor:

@@ -164,7 +164,7 @@ class TenKWords(Method):
         total = sum(weights[name] * loss for name, loss in losses.items())
         self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(batch["key"]))
         self.log("train/temperature", 1 / self.scale.detach(), batch_size=len(batch["key"]))
-        self.log("train/loss", total, prog_bar=True, batch_size=len(batch["key"]))
+        self.log("train/loss", total, batch_size=len(batch["key"]))
         return total
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -137,7 +137,7 @@ class Finetune(Method):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["text_states"]))
+        self.log("train/loss", loss, batch_size=len(batch["text_states"]))
         return loss
 
     def loss(self, batch: dict[str, Any]) -> Tensor:

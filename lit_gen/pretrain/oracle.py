@@ -51,7 +51,7 @@ class OracleTraining(Method):
         loss, parts = self._images(batch) if self.read == "images" else self._videos(batch)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # not at every step: there are two dozen
             self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/loss", loss.detach())
         return loss
 
     def _images(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

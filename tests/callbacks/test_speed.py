@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import lightning.pytorch as L
 import pytest
@@ -157,15 +158,18 @@ def test_redrawing_the_line_does_not_wait_for_a_gpu() -> None:
     progress, speed = Progress("toy", every=0.0), Speed()
     speed._device = torch.device("cpu")
     strategy = SimpleNamespace(root_device=torch.device("cuda"))
-    trainer: Any = SimpleNamespace(should_stop=False, strategy=strategy, world_size=2, callbacks=[speed], global_step=0)
+    known: Any = type("Known", (SimpleNamespace,), {})
+    trainer = known(should_stop=False, strategy=strategy, world_size=2, callbacks=[speed], global_step=0)
     trainer.estimated_stepping_batches = 100
-    reads, lines = [], []
-    progress.get_metrics = lambda *_: reads.append(1) or {"loss": 1.0}  # type: ignore[method-assign]
+    read, lines = Mock(return_value={"train/loss": torch.tensor(1.0), "train/other": torch.tensor(2.0)}), []
+    type(trainer).callback_metrics = property(read)
+    trainer.progress_bar_metrics = {}
+    module: Any = SimpleNamespace(told_in_progress=("train/loss",), parameters=lambda: [])
     progress._print = lambda line, stays=False: lines.append(line)  # type: ignore[method-assign]
-    progress.on_train_start(trainer, nn.Linear(1, 1))
+    progress.on_train_start(trainer, module)
     for i in range(1, 6):
         trainer.global_step = i
         speed.counts = Counts(float(i), i, 32 * i, 0.0, 0.0)
-        progress.on_train_batch_end(trainer, nn.Linear(1, 1), None, None, i)
-    assert len(reads) == 1 and len(lines) == 6
-    assert "32.0 samples/s x 2" in lines[-1] and "left 0:01:35" in lines[-1] and lines[-1].endswith("loss 1")
+        progress.on_train_batch_end(trainer, module, None, None, i)
+    assert read.call_count == 1 and len(lines) == 6
+    assert "32.0 samples/s x 2" in lines[-1] and "left 0:01:35" in lines[-1] and lines[-1].endswith("left 0:01:35, train/loss 1")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from lit_gen.pretrain.finetune import Compile, Finetune, Network
 
+EXPERIMENT = Path(__file__).parents[2] / "experiments/bench/sd15.yaml"
 SMALL = Network(widths=[16, 32], layers=1, heads=2, text_width=16, latent_size=8)
 
 
@@ -54,3 +60,27 @@ def test_every_part_is_compiled_in_one_piece(blocks: bool, graphs: int) -> None:
         method.loss({"latents": torch.randn(2, 4, 8, 8), "text_states": torch.randn(2, 5, 16)})
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+
+
+def test_no_step_waits_for_the_device(lit_gen: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads a value between steps: the device would run dry while Python catches up with it."""
+    readers: list[str] = []
+    steps: list[int] = []
+    for name in ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__"):
+
+        def read(*args: Any, real: Any = getattr(Tensor, name), **kwargs: Any) -> Any:
+            caller = sys._getframe(1).f_code
+            if "torch" not in caller.co_filename:  # AdamW reads its step counts, which lie on the CPU
+                readers.append(caller.co_name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(Tensor, name, read)
+
+    def begin(self: Finetune, batch: Any, batch_idx: int, real: Any = Finetune.on_train_batch_start) -> None:
+        steps.append(len(readers))
+        real(self, batch, batch_idx)
+
+    monkeypatch.setattr(Finetune, "on_train_batch_start", begin)
+    words = ["--trainer.max_steps", "8", "--trainer.log_every_n_steps", "100", "--speed.peak_tflops", "1"]
+    assert lit_gen("fit", "-c", str(EXPERIMENT), "--smoke", *words) == 0
+    assert len(steps) == 8 and steps[1] == steps[-1], readers
