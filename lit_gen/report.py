@@ -13,14 +13,23 @@ The section `sweep: report:` of an experiment file:
       - {say: "...", measure: leak rate, arm: full, below: appended to text, times: 0.33}
       - {say: "...", measure: R@1 short, arm: full, below: full, against: R@1 long}   # another measure
     pictures: {adapter: prompts-x-styles.png}   # stage -> latest sample of that name, of the first seed
+    shown: [full, no scale]               # arms whose pictures are shown; all by default
+
+A sweep that goes `over` values has tables with a column for each, and may have
+
+    plots: [palette error]                # measures drawn over the values
+      # in claims: how fast a measure changes with the logarithm of the value, of arms without a value
+      - {say: "...", slope: palette error, arm: asd, below: vsd, times: 0.25}
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from lit_gen.errors import UserError, nearest
@@ -28,8 +37,10 @@ from lit_gen.metrics import scores
 from lit_gen.metrics.scores import Estimate
 from lit_gen.sweep import Cell, Sweep, is_tested, slug
 
-_KEYS = ("title", "out", "text", "reference", "measures", "claims", "pictures")
+_KEYS = ("title", "out", "text", "reference", "measures", "claims", "pictures", "shown", "plots")
 _WIDTH = 640  # pixels of a picture in the report, at most
+
+Points = dict[float, list[Cell]]  # value that the sweep went over -> cells, one for each seed
 
 
 @dataclass(frozen=True)
@@ -56,34 +67,48 @@ def write(sweep: Sweep) -> list[Path]:
     tested = {arm: [cell for cell in sweep.of(arm) if _is_complete(cell)] for arm in arms}
     if not measures or not any(tested.values()):
         raise UserError(f"{sweep.name}: no measures are named, or no arm has been tested, so there is no report yet")
+    series = _series(sweep, tested)
     out = Path(section.get("out") or f"docs/results/{slug(sweep.name)}.md")
     out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = _pictures(sweep, tested, out)
     lines = [f"# {section.get('title') or sweep.name}", "", (section.get("text") or "").strip(), ""]
-    lines += _tables(sweep, tested, measures)
+    plots = _plots(sweep, series, measures, out)
+    for title, file in plots:
+        lines += [f"![{title}]({file.relative_to(out.parent).as_posix()})", ""]
+    lines += _tables_over(sweep, series, measures) if sweep.over else _tables(sweep, tested, measures)
     # of arms that have been tested; an arm that does not exist is a mistake that `judge` tells
+    known = {**tested, **{name: [c for cells in points.values() for c in cells] for name, points in series.items()}}
     named = ("arm", "below", "above")
-    claims = [c for c in section.get("claims") or () if all(tested.get(c.get(key), True) for key in named)]
+    claims = [c for c in section.get("claims") or () if all(known.get(c.get(key), True) for key in named)]
     if claims:
-        lines += _claims([judge(claim, tested, measures) for claim in claims])
+        lines += _claims([judge(claim, tested, measures, series) for claim in claims])
+    pictures = _pictures(sweep, tested, out)
     for title, file in pictures:
         lines += [f"**{title}**", "", f"![{title}]({file.relative_to(out.parent).as_posix()})", ""]
     out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    return [out, *(file for _, file in pictures)]
+    return [out, *(file for _, file in (*plots, *pictures))]
 
 
-def judge(claim: dict[str, Any], tested: dict[str, list[Cell]], measures: dict[str, Any]) -> Verdict:
+def judge(
+    claim: dict[str, Any],
+    tested: dict[str, list[Cell]],
+    measures: dict[str, Any],
+    series: dict[str, Points] | None = None,
+) -> Verdict:
     """Whether arm < times * other (or >) beyond the interval of the paired difference."""
     directions = [d for d in ("below", "above") if d in claim]
-    if len(directions) != 1 or "arm" not in claim or claim.get("measure") not in measures:
+    measure = claim.get("slope", claim.get("measure"))
+    if len(directions) != 1 or "arm" not in claim or measure not in measures:
         raise UserError(f"claim {claim}: needs `measure` (one of the measures), `arm`, and `below` or `above` an arm")
+    known: dict[str, Any] = (series or {}) if "slope" in claim else tested
     for arm in (claim["arm"], claim[directions[0]]):
-        if arm not in tested:
-            raise UserError(f"claim {claim.get('say', claim)!r}: there is no arm `{arm}`{nearest(arm, tested)}")
-    measure, other = claim["measure"], claim.get("against", claim["measure"])
+        if arm not in known:
+            raise UserError(f"claim {claim.get('say', claim)!r}: there is no arm `{arm}`{nearest(arm, known)}")
+    other = claim.get("against", measure)
     if other not in measures:
         raise UserError(f"claim {claim.get('say', claim)!r}: there is no measure `{other}`{nearest(other, measures)}")
-    ours, theirs = _read(tested[claim["arm"]], measures[measure]), _read(tested[claim[directions[0]]], measures[other])
+    read = _slopes if "slope" in claim else lambda cells, name, how: _read(cells, how)
+    ours = read(known[claim["arm"]], measure, measures[measure])
+    theirs = read(known[claim[directions[0]]], other, measures[other])
     factor = float(claim.get("times", 1.0))
     scaled = [{measure: {k: factor * v for k, v in run.get(other, {}).items()}} for run in theirs]
     try:
@@ -94,6 +119,70 @@ def judge(claim: dict[str, Any], tested: dict[str, list[Cell]], measures: dict[s
     if directions[0] == "above":
         right, wrong = wrong, right
     return Verdict(str(claim.get("say", claim)), figure, "yes" if right else "no" if wrong else "not shown")
+
+
+def _series(sweep: Sweep, tested: dict[str, list[Cell]]) -> dict[str, Points]:
+    """What the sweep went over, by the arms' names without the value."""
+    found: dict[str, Points] = {}
+    for cells in tested.values():
+        if cells and cells[0].value is not None:
+            found.setdefault(cells[0].series, {})[cells[0].value] = cells
+    return found
+
+
+def _slopes(points: Points, measure: str, how: dict[str, Any] | None) -> list[dict[str, dict[str, float]]]:
+    """By seed and sample: change of a measure with the natural logarithm of the value, by least squares."""
+    runs = {value: _read(cells, how) for value, cells in points.items() if value > 0}
+    result = []
+    for seed in range(min(map(len, runs.values()), default=0)):
+        columns = {value: of_seeds[seed].get(measure, {}) for value, of_seeds in runs.items()}
+        keys = set.intersection(*(set(column) for column in columns.values()))
+        x = [math.log(value) for value in columns]
+        slopes = {key: np.polyfit(x, [column[key] for column in columns.values()], 1)[0] for key in keys if len(x) > 1}
+        result.append({measure: {key: float(slope) for key, slope in slopes.items()}})
+    return result
+
+
+def _plots(sweep: Sweep, series: dict[str, Points], measures: dict[str, Any], out: Path) -> list[tuple[str, Path]]:
+    found = []
+    for measure in sweep.report.get("plots") or ():
+        if measure not in measures:
+            raise UserError(f"{sweep.name}: plots: there is no measure `{measure}`{nearest(measure, measures)}")
+        from lit_gen.plot import draw
+
+        file = out.parent / "images" / f"{slug(sweep.name)}-{slug(measure)}.svg"
+        draw(
+            {name: _estimates(points, measure, measures[measure]) for name, points in series.items()},
+            *(sweep.over, measure, file),
+        )
+        found.append((f"{measure} over {sweep.over}", file))
+    return found
+
+
+def _estimates(points: Points, measure: str, how: dict[str, Any] | None) -> dict[float, Estimate]:
+    found = {}
+    for value, cells in sorted(points.items()):
+        try:
+            found[value] = scores.bootstrap(scores.table(_read(cells, how), measure)[0])
+        except UserError:  # a measure that this arm does not have
+            continue
+    return found
+
+
+def _tables_over(sweep: Sweep, series: dict[str, Points], measures: dict[str, Any]) -> list[str]:
+    values = sorted({value for points in series.values() for value in points})
+    lines = []
+    for name, how in measures.items():
+        better = (how or {}).get("better", "higher")
+        lines.append(f"| {name} ({better} is better) | " + " | ".join(f"{sweep.over} {v:g}" for v in values) + " |")
+        lines.append("|---|" + "---|" * len(values))
+        for arm, points in series.items():
+            found = _estimates(points, name, how)
+            if found:
+                lines.append(f"| {arm} | " + " | ".join(str(found.get(v, "")) for v in values) + " |")
+        lines.append("")
+    fewest = min(len(cells) for points in series.values() for cells in points.values())
+    return [*lines, f"At least {fewest} seeds; mean and 95 % bootstrap interval over seeds and samples.", ""]
 
 
 def _tables(sweep: Sweep, tested: dict[str, list[Cell]], measures: dict[str, Any]) -> list[str]:
@@ -131,8 +220,12 @@ def _claims(verdicts: list[Verdict]) -> list[str]:
 def _pictures(sweep: Sweep, tested: dict[str, list[Cell]], out: Path) -> list[tuple[str, Path]]:
     """Copies of the first seed's latest samples, beside the report."""
     found = []
+    shown = sweep.report.get("shown") or list(tested)
+    for arm in shown:
+        sweep.of(arm)  # says what is wrong with its name
     for stage, name in (sweep.report.get("pictures") or {}).items():
-        for arm, cells in tested.items():
+        for arm in shown:
+            cells = tested[arm]
             if not cells or stage in cells[0].taken or not cells[0].has(stage):  # the arm it was taken from shows it
                 continue
             files = sorted(cells[0].folder(stage).glob(f"samples/step-*/{name}"))

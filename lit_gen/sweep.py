@@ -12,6 +12,10 @@ The file is an experiment with a section
         pictures: {stages: {temporal: null}}            # nor one that the arm does without
       report: {...}                 # see lit_gen/report.py
 
+With `over: {guidance: [1, 3, 10]}` every arm is run at each of these values, which the experiment has as
+`${vars.guidance}`; the arms are then called "full, guidance 3", and so on. An arm with a list of its own, e.g.
+`over: [1, 2, 5.5]`, is given these instead.
+
 Each arm and seed is an ordinary experiment, in `runs/<experiment>/<arm>-seed<n>/`, trained by `fit` and scored by
 `test`; so a sweep that was interrupted continues, and a SLURM array shares one.
 """
@@ -32,7 +36,17 @@ from lit_gen.errors import UserError, nearest
 from lit_gen.experiment import Run
 from lit_gen.settings import Settings
 
-_KEYS = ("seeds", "test", "arms", "report")
+_KEYS = ("seeds", "test", "over", "arms", "report")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Settings laid over an experiment, at one of the values of `over` if there are any."""
+
+    name: str
+    written: str  # its name in the file
+    settings: dict[str, Any]
+    value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,8 @@ class Cell:
     taken: dict[str, Path]  # stage -> run folder of the arm it is taken from
     tested: tuple[str, ...]  # stages, "" for an experiment without
     source: str  # the arm whose stages it takes, else its own
+    series: str = ""  # the arm's name without the value
+    value: float | None = None  # of what the sweep goes over
 
     def has(self, stage: str) -> bool:
         """Whether the arm goes through a stage, or takes it from another."""
@@ -67,6 +83,7 @@ class Sweep:
     name: str
     cells: list[Cell]
     report: dict[str, Any]
+    over: str = ""  # the name of what it goes over
 
     def of(self, arm: str) -> list[Cell]:
         found = [cell for cell in self.cells if cell.arm == arm]
@@ -133,30 +150,48 @@ def read(files: list[str], smoke: bool = False) -> Sweep:
             raise UserError(f"{merged.origin(('sweep', key))}: there is no setting `sweep.{key}`{nearest(key, _KEYS)}")
     name = str(merged.data.get("experiment") or Path(files[-1]).stem)
     root = Path(str(merged.data.get("run_root") or "runs"))
-    cells = [
-        _cell(merged, files, name, root, arm, seed, smoke)
-        for seed in section.get("seeds", [0])
-        for arm in _in_order(merged, section["arms"])
-    ]
-    return Sweep(name, cells, section.get("report") or {})
+    over, arms = _arms(merged, section)
+    cells = [_cell(merged, files, name, root, arm, seed, smoke) for seed in section.get("seeds", [0]) for arm in arms]
+    return Sweep(name, cells, section.get("report") or {}, over)
 
 
-def _in_order(merged: Settings, arms: dict[str, Any]) -> list[str]:
-    """Arms that take a stage from another come after it."""
-    for arm, settings in arms.items():
-        for source in ((settings or {}).get("take") or {}).values():
-            if source not in arms or (arms[source] or {}).get("take"):
-                where = merged.origin(("sweep", "arms", arm, "take"))
-                raise UserError(f"{where}: `{arm}` cannot take a stage from `{source}`{nearest(source, arms)}")
-    return sorted(arms, key=lambda arm: bool((arms[arm] or {}).get("take")))
+def _arms(merged: Settings, section: dict[str, Any]) -> tuple[str, list[Arm]]:
+    """-> (what the sweep goes over, arms; those that take a stage from another come after it)"""
+    over = section.get("over") or {}
+    if len(over) > 1 or not all(isinstance(values, list) and values for values in over.values()):
+        raise UserError(f"{merged.origin(('sweep', 'over'))}: `over` is one name with a list: {{guidance: [1, 3]}}")
+    key = next(iter(over), "")
+    arms = []
+    for written, settings in section["arms"].items():
+        settings = dict(settings or {})
+        own = settings.pop("over", None)
+        for stage, source in (settings.get("take") or {}).items():
+            if source not in section["arms"] or (section["arms"][source] or {}).get("take"):
+                where = merged.origin(("sweep", "arms", written, "take", stage))
+                raise UserError(
+                    f"{where}: `{written}` cannot take a stage from `{source}`{nearest(source, section['arms'])}"
+                )
+        if not key:
+            arms.append(Arm(written, written, settings))
+            continue
+        if own is not None and (not isinstance(own, list) or len(own) != len(over[key])):
+            where = merged.origin(("sweep", "arms", written, "over"))
+            raise UserError(f"{where}: `over` of `{written}` needs a list of {len(over[key])}, one for each {key}")
+        for value, given in zip(over[key], own or over[key], strict=True):
+            at = f", {key} {value:g}"
+            more = {"vars": {**settings.get("vars", {}), key: given}}
+            if take := settings.get("take"):
+                more["take"] = {stage: source + at for stage, source in take.items()}
+            arms.append(Arm(written + at, written, settings | more, float(value)))
+    return key, sorted(arms, key=lambda arm: bool(arm.settings.get("take")))
 
 
-def _cell(merged: Settings, files: list[str], name: str, root: Path, arm: str, seed: int, smoke: bool) -> Cell:
+def _cell(merged: Settings, files: list[str], name: str, root: Path, arm: Arm, seed: int, smoke: bool) -> Cell:
     section = merged.data["sweep"]
-    own = dict(section["arms"][arm] or {})
+    own = dict(arm.settings)
     take = own.pop("take", None) or {}
-    folder = f"{name}/{slug(arm)}-seed{seed}"
-    file = root / name / "cells" / f"{slug(arm)}-seed{seed}.yaml"
+    folder = f"{name}/{slug(arm.name)}-seed{seed}"
+    file = root / name / "cells" / f"{slug(arm.name)}-seed{seed}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "base": [os.path.relpath(f, file.parent) for f in files],
@@ -170,7 +205,7 @@ def _cell(merged: Settings, files: list[str], name: str, root: Path, arm: str, s
     taken = {}
     for stage, source in take.items():
         if stage not in names:
-            where = merged.origin(("sweep", "arms", arm, "take", stage))
+            where = merged.origin(("sweep", "arms", arm.written, "take", stage))
             raise UserError(f"{where}: there is no stage `{stage}`{nearest(stage, names)}")
         taken[stage] = root / ("smoke" if smoke else "") / name / f"{slug(source)}-seed{seed}" / stage
         stages[stage] = None
@@ -180,7 +215,7 @@ def _cell(merged: Settings, files: list[str], name: str, root: Path, arm: str, s
             stages.setdefault(later, {}).setdefault("init_from", str(taken[stage] / "checkpoints" / "last.ckpt"))
     if stages:
         content["stages"] = stages
-    text = f"# {name}: {arm}, seed {seed}\n" + yaml.safe_dump(content, sort_keys=False)
+    text = f"# {name}: {arm.name}, seed {seed}\n" + yaml.safe_dump(content, sort_keys=False)
     if not file.is_file() or file.read_text() != text:
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(text)
@@ -191,7 +226,8 @@ def _cell(merged: Settings, files: list[str], name: str, root: Path, arm: str, s
         if names and stage not in names:
             where = merged.origin(("sweep", "test"))
             raise UserError(f"{where}: there is no stage `{stage}` to test{nearest(stage, names)}")
-    cell = Cell(arm, seed, file, runs, taken, tested, next(iter(take.values()), arm))
+    source = next(iter(take.values()), arm.name)
+    cell = Cell(arm.name, seed, file, runs, taken, tested, source, arm.written, arm.value)
     return replace(cell, tested=tuple(stage for stage in tested if cell.has(stage)))
 
 

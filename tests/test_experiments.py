@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_gen import experiment
+from lit_gen import experiment, sweep
 
 Command = Callable[..., int]
 ROOT = Path(__file__).parents[1]
@@ -32,6 +32,9 @@ def test_settings_bind(file: Path, lit_gen: Command, universe: Path, monkeypatch
 
     monkeypatch.chdir(universe)
     Binding("fit", experiment.runs([str(file)], []))
+    if file not in RUN:
+        arms = {cell.series: cell.runs for cell in sweep.read([str(file)]).cells}
+        Binding("fit", [run for runs in arms.values() for run in runs])
     assert lit_gen("check", "-c", str(file), "--smoke") == 0  # small, since the sets of this universe are
     assert experiment.describe(file)
 

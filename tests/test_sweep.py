@@ -156,3 +156,49 @@ def test_an_arm_may_do_without_a_stage(lit_gen: Command, here: Path) -> None:
     assert not Path("runs/arms/pictures-seed0/two").exists() and not Path("runs/arms/only-two-seed0/one").exists()
     report = Path("results/toy.md").read_text()  # whose measure is of stage two
     assert "| only two |" in report and "| pictures |" not in report
+
+
+OVER = """\
+trainer: {max_steps: 4}
+vars: {lr: 0.01}
+model: {init_args: {sgd: {lr: "${vars.lr}"}}}
+sweep:
+  seeds: [1]
+  over: {lr: [0.001, 0.1]}
+  arms:
+    narrow: {}
+    half: {over: [0.0005, 0.05]}
+    still: {over: [0.0, 0.0]}
+  report:
+    out: results/over.md
+    measures: {error: {better: lower}}
+    plots: [error]
+    claims:
+      - {say: quick learns more, measure: error, arm: "narrow, lr 0.1", below: "half, lr 0.001"}
+      - {say: falls with the rate, slope: error, arm: narrow, below: still}
+      - {say: falls at half the rate twice as fast, slope: error, arm: half, below: narrow, times: 2}
+"""
+
+
+def test_arms_over_values_are_told_as_lines_and_slopes(
+    lit_gen: Command, here: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (here / "over.yaml").write_text(TOY)
+    (here / "arms.yaml").write_text("base: [over.yaml]\n" + OVER)
+    assert lit_gen("sweep", "-c", "arms.yaml") == 0, capsys.readouterr().err
+    assert "lr: 0.05" in Path("runs/arms/half-lr-0.1-seed1/config.yaml").read_text()
+    report = Path("results/over.md").read_text()
+    assert "| error (lower is better) | lr 0.001 | lr 0.1 |" in report and report.count("| narrow |") == 1
+    assert "| quick learns more | yes |" in report and "| falls with the rate | yes |" in report
+    assert "| falls at half the rate twice as fast | no |" in report
+    svg = Path("results/images/arms-error.svg").read_text()
+    assert svg.startswith("<?xml") and "![error over lr](images/arms-error.svg)" in report
+    assert lit_gen("sweep", "-c", "arms.yaml", "--report") == 0
+    assert Path("results/images/arms-error.svg").read_text() == svg
+    for old, new, message in (
+        ("lr: [0.001, 0.1]", "lr: 0.1", "`over` is one name with a list"),
+        ("[0.0, 0.0]", "[0.0]", "`over` of `still` needs a list of 2, one for each lr"),
+    ):
+        (here / "arms.yaml").write_text("base: [over.yaml]\n" + OVER.replace(old, new))
+        assert lit_gen("sweep", "-c", "arms.yaml") == 2
+        assert message in capsys.readouterr().err

@@ -21,7 +21,7 @@ READ = 5.0  # seconds between readings of values that lie on a GPU
 class Progress(ProgressBar):
     """One line that is rewritten on a terminal, and a new line now and then in a log file.
 
-    It tells the figures that the module's `told_in_progress` begins the names of, and those logged with `prog_bar=True`.
+    It tells the figures whose names begin as in the module's `told_in_progress`, and those logged with `prog_bar=True`.
     The latter are slow on a GPU: Lightning reads them, and so waits for the device, in every step.
 
     Args:

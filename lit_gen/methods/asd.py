@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lit_gen.callbacks.samples import contact_sheet
@@ -143,6 +142,10 @@ class Particles(DistilledPictures):
     def judge(self, pictures: Tensor) -> dict[str, Tensor]:
         """Colours and variety against true pictures of each prompt, and what the oracle reads; means over prompts."""
         found = judge_prompts(pictures, self.scenes.to(self.device), self.truths, self._oracle)
+        if self.strips and self.space == "latents":
+            # root mean square change of a prompt's first particle over the last eighth of the training
+            moved = self.base.decode(self.strips[-1].to(self.device)) - pictures[:: self.count]
+            found["drift"] = moved.square().mean((1, 2, 3)).sqrt()
         self.scores.add(self.texts, **{name.replace(" ", "_"): values for name, values in found.items()})
         return {name: values.mean() for name, values in found.items()}
 

@@ -50,6 +50,7 @@ def test_a_run_moves_the_particles_and_draws_them(lit_gen: Command, tiny_base: P
     assert list(Path("runs/x/samples").glob("step-000004/particles.png"))
     measured = json.loads(Path("runs/x/metrics.json").read_text())["validate"]
     assert ("palette error" in measured) == ("prompts" not in more)
+    assert (measured.get("drift", 0) > 0) == ("prompts" not in more and "space" not in more)
     assert lit_gen("predict", "-c", "x.yaml") == 0
     assert len(list(Path("runs/x/samples/predict").glob("??-??.png"))) == len(start)
 
