@@ -13,6 +13,9 @@ from torch import Tensor
 from lit_gen.diffusion.objective import Schedule
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
+Predict = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # (x [B ...], t [B], text states [B ...]) -> [B ...]
 NoiseLike = Callable[[Tensor], Tensor]
 
 
@@ -60,6 +63,16 @@ def _following(schedule: Schedule, timesteps: list[int], i: int) -> int:
 def classifier_free(null: Tensor, text: Tensor, scale: float) -> Tensor:
     """e(0) + scale [e(c_t) - e(0)]."""
     return null + scale * (text - null)
+
+
+def guided(predict: Predict, null: Tensor, text: Tensor, scale: float) -> Denoise:
+    """Classifier-free guidance, both predictions in one pass; `null` and `text` are text states [B ...]."""
+    states = torch.cat([null, text])
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return classifier_free(*predict(torch.cat([x, x]), torch.cat([t, t]), states).chunk(2), scale)
+
+    return denoise
 
 
 def two_scale(null: Tensor, text: Tensor, both: Tensor, text_scale: float, style_scale: float) -> Tensor:

@@ -15,7 +15,7 @@ from lit_gen.callbacks.samples import contact_sheet, save
 from lit_gen.data.facts import scenes_from_facts
 from lit_gen.diffusion.base import PIPELINE_PARTS, load_base
 from lit_gen.diffusion.objective import Schedule
-from lit_gen.diffusion.sampling import classifier_free, ddim, noise_from
+from lit_gen.diffusion.sampling import ddim, guided, noise_from
 from lit_gen.diffusion.text import encode_text
 from lit_gen.distillation.contract import Prompts, Score
 from lit_gen.distillation.players import UNetTeacher, grow_discriminator
@@ -115,11 +115,7 @@ class OneStep(Method):
         teacher = self.distillation.teacher
 
         def sample(noise: Tensor, states: Tensor) -> Tensor:
-            both = torch.cat([self.null.expand_as(states), states])
-
-            def denoise(x: Tensor, t: Tensor) -> Tensor:
-                return classifier_free(*teacher(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2), self.guidance)
-
+            denoise = guided(teacher, self.null.expand_as(states), states, self.guidance)
             return ddim(denoise, self.schedule, noise, self.teacher_steps)
 
         return self._draw(texts, number, sample)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lit_gen.diffusion.base import Base, load_base
 from lit_gen.diffusion.objective import Schedule
-from lit_gen.diffusion.sampling import classifier_free, ddim, noise_from
+from lit_gen.diffusion.sampling import ddim, guided, noise_from
 from lit_gen.diffusion.text import encode_text
 from lit_gen.metrics.clip import CLIPEncoders
 from lit_gen.metrics.oracle import Oracle
@@ -64,29 +64,27 @@ class Painter:
             self.video_unet = UNetMotionModel.from_unet2d(self.base.unet, self.base.motion_adapter).to(device).eval()
 
     def _text(self, prompts: list[str]) -> Tensor:
+        """Text states of no prompt and of the prompts, 2B L D."""
         return encode_text(self.base.tokenizer, self.base.text_encoder, ["" for _ in prompts] + prompts)
 
     @torch.no_grad()
     def images(self, prompts: list[str], first_seed: int = 0) -> Tensor:
         """Pictures B 3 H W in -1..1."""
-        states = self._text(prompts)
 
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            output = self.base.unet(torch.cat([x, x]), torch.cat([t, t]), states).sample
-            return classifier_free(*output.chunk(2), self.guidance)
+        def predict(x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+            return self.base.unet(x, t, states).sample
 
+        denoise = guided(predict, *self._text(prompts).chunk(2), self.guidance)
         return self.base.decode(self._sample(denoise, len(prompts), first_seed, ()))
 
     @torch.no_grad()
     def clips(self, prompts: list[str], first_seed: int = 0) -> Tensor:
         """Clips B F 3 H W in -1..1."""
-        states = self._text(prompts).repeat_interleave(FRAMES, 0)
 
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            doubled = torch.cat([x, x]).transpose(1, 2)
-            output = self.video_unet(doubled, torch.cat([t, t]), states).sample.transpose(1, 2)
-            return classifier_free(*output.chunk(2), self.guidance)
+        def predict(x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+            return self.video_unet(x.transpose(1, 2), t, states).sample.transpose(1, 2)
 
+        denoise = guided(predict, *self._text(prompts).repeat_interleave(FRAMES, 0).chunk(2), self.guidance)
         latent = self._sample(denoise, len(prompts), first_seed, (FRAMES,))
         return self.base.decode(latent.flatten(0, 1)).unflatten(0, latent.shape[:2])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_gen.callbacks.samples import contact_sheet
 from lit_gen.diffusion.base import load_base
 from lit_gen.diffusion.objective import Schedule
-from lit_gen.diffusion.sampling import classifier_free, ddim, noise_from
+from lit_gen.diffusion.sampling import ddim, guided, noise_from
 from lit_gen.diffusion.temporal import motion_modules, motion_unet
 from lit_gen.methods.base import Optimizer
 from lit_gen.pretrain.architecture import FRAMES, LATENT_CHANNELS, LATENT_SIZE, build_motion_adapter, build_scheduler
@@ -125,12 +125,11 @@ class Motion(BasePart):
     @torch.no_grad()
     def draw(self, tokens: Tensor) -> Tensor:
         """Clips B F 3 H W in -1..1 for captions B L."""
-        states = torch.cat([self.text(self.text.null(tokens)), self.text(tokens)])
 
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            output = self.predict_noise(torch.cat([x, x]), torch.cat([t, t]), states).float()
-            return classifier_free(*output.chunk(2), self.guidance)
+        def predict(x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+            return self.predict_noise(x, t, states).float()
 
+        denoise = guided(predict, self.text(self.text.null(tokens)), self.text(tokens), self.guidance)
         noise = noise_from(list(range(len(tokens))), (FRAMES, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE), self.device)
         latent = ddim(denoise, self.schedule, noise, self.sample_steps)
         return self.autoencoder.decode(latent.flatten(0, 1)).unflatten(0, latent.shape[:2])

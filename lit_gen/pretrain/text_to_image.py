@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lit_gen.callbacks.samples import contact_sheet
 from lit_gen.diffusion.base import load_base
 from lit_gen.diffusion.objective import Schedule
-from lit_gen.diffusion.sampling import classifier_free, ddim, noise_from
+from lit_gen.diffusion.sampling import ddim, guided, noise_from
 from lit_gen.methods.base import Optimizer
 from lit_gen.pretrain.architecture import LATENT_CHANNELS, LATENT_SIZE, build_scheduler, build_unet
 from lit_gen.pretrain.clip import contrast
@@ -114,12 +114,11 @@ class TextToImage(BasePart):
     @torch.no_grad()
     def draw(self, tokens: Tensor) -> Tensor:
         """Pictures B 3 H W in -1..1 for captions B L."""
-        states = torch.cat([self.text(self.text.null(tokens)), self.text(tokens)])
 
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            output = self.unet.forward(torch.cat([x, x]), torch.cat([t, t]), states).sample.float()
-            return classifier_free(*output.chunk(2), self.guidance)
+        def predict(x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+            return self.unet.forward(x, t, states).sample.float()  # not the compiled call: other sizes
 
+        denoise = guided(predict, self.text(self.text.null(tokens)), self.text(tokens), self.guidance)
         shape = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
         noise = noise_from(list(range(len(tokens))), shape, self.device)
         return self.autoencoder.decode(ddim(denoise, self.schedule, noise, self.sample_steps))
