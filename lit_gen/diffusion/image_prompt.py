@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,14 +24,20 @@ def encode_image(encoder: nn.Module, processor: Any, images: Tensor, layer: int 
     size = encoder.config.image_size
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
-    mean = torch.tensor(processor.image_mean, device=images.device).view(3, 1, 1)
-    deviation = torch.tensor(processor.image_std, device=images.device).view(3, 1, 1)
-    pixels = ((images + 1) / 2 - mean) / deviation
+    pixels = ((images + 1) / 2 - _colour(tuple(processor.image_mean), images.device)) / _colour(
+        tuple(processor.image_std), images.device
+    )
     tower = encoder.vision_model
     if layer != -1:
         return tower(pixels.to(encoder.dtype), output_hidden_states=True).hidden_states[layer].float()
     tokens = tower(pixels.to(encoder.dtype)).last_hidden_state
     return torch.cat([tower.post_layernorm(tokens[:, :1]), tokens[:, 1:]], dim=1).float()
+
+
+@lru_cache
+def _colour(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """3 1 1, copied to the device once: a copy waits for all that the device has to do."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 class Block(nn.Module):

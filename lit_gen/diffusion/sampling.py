@@ -13,9 +13,7 @@ from torch import Tensor
 from lit_gen.diffusion.objective import Schedule
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-Predict = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # (x [B ...], t [B], text states [B ...]) -> [B ...]
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [B ...], t [B], text states [B ...]) -> [B ...]
 NoiseLike = Callable[[Tensor], Tensor]
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lit_gen.callbacks.samples import contact_sheet
+from lit_gen.diffusion.compile import Compile
 from lit_gen.diffusion.sampling import noise_from
 from lit_gen.diffusion.text import encode_text
 from lit_gen.distillation.contract import Prompts, Score, ScoreDistillation
@@ -48,6 +49,7 @@ class Particles(DistilledPictures):
         spread: standard deviation of the particles at the start.
         oracle: folder of the oracle that judges prompts of the world; null for none.
         truths: true pictures of each prompt that colours and variety are compared with.
+        compile: compile the teacher's network, which is also the discriminator's; null does not.
         optimizer: settings of the optimizer.
     """
 
@@ -71,6 +73,7 @@ class Particles(DistilledPictures):
         spread: float = 1.0,
         oracle: str | None = None,
         truths: int = 256,
+        compile: Compile | None = None,
         optimizer: Optimizer = Optimizer(lr=0.03, weight_decay=0.0, clip_norm=0.0),
     ) -> None:
         super().__init__(base, discriminator_lr, oracle, optimizer)
@@ -96,7 +99,12 @@ class Particles(DistilledPictures):
                 official_v_target=official_v_target,
                 every=discriminator_steps,
             )
+        self.compiled = compile
         self._warned = False
+
+    def configure_model(self) -> None:
+        if self.compiled is not None:
+            self.compiled.apply(self.base.unet)
 
     # -- training -----------------------------------------------------------------------------------------------------
 

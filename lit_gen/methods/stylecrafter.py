@@ -19,6 +19,7 @@ from lit_gen.callbacks.samples import save
 from lit_gen.data.styled import strip_style
 from lit_gen.diffusion.attention import Style
 from lit_gen.diffusion.base import PIPELINE_PARTS, Base, load_base
+from lit_gen.diffusion.compile import Compile
 from lit_gen.diffusion.image_prompt import encode_image
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.diffusion.sampling import ddim, noise_from
@@ -71,6 +72,9 @@ class StyleCrafter(Method):
         frames: clip length in `predict`; 1 draws pictures. By default pictures after "adapter", 8 after "temporal".
         export_released: `export` also writes the weights in the layout of the released files.
         temporal_lr: peak learning rate of the motion modules in stage "joint"; by default the optimizer's.
+        compile: compile the network for training; null does not.
+        checkpointing: compute activations of the network again in the backward pass instead of keeping them: slower,
+            less memory.
         optimizer: settings of the optimizer.
     """
 
@@ -100,6 +104,8 @@ class StyleCrafter(Method):
         frames: int | None = None,
         export_released: bool = False,
         temporal_lr: float | None = None,
+        compile: Compile | None = None,
+        checkpointing: bool = False,
         optimizer: Optimizer = Optimizer(),
     ) -> None:
         super().__init__(optimizer)
@@ -112,7 +118,7 @@ class StyleCrafter(Method):
         self.negative, self.image_sampling, self.video_sampling = negative, image_sampling, video_sampling
         self.prompts, self.styles, self.pairs = prompts or [], styles or [], pairs
         self.frames = frames or (1 if stage == "adapter" else 8)
-        self.export_released, self.temporal_lr = export_released, temporal_lr
+        self.export_released, self.temporal_lr, self.compiled = export_released, temporal_lr, compile
         self.base = _load(base, stage, motion, image_encoder, config, temporal_weights)
         self.downscale = 2 ** (len(self.base.vae.config.block_out_channels) - 1)  # pixels of a latent
         for how in (image_sampling, video_sampling):
@@ -143,6 +149,14 @@ class StyleCrafter(Method):
         self._drawn: list[tuple[Request, list[Tensor]]] = []
         # Last: a motion UNet makes its own processors when it is built; the spatial layers, now shared, get ours.
         self.adapter.attach(self.base.unet)
+        self.checkpointing = checkpointing
+
+    def configure_model(self) -> None:
+        network = self.motion_unet or self.base.unet
+        if self.checkpointing:
+            network.enable_gradient_checkpointing()
+        if self.compiled is not None:
+            self.compiled.apply(network)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         if self.stage != "joint":

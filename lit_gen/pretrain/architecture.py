@@ -111,25 +111,27 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def save_base(folder: str | Path, parts: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> None:
+def save_base(
+    folder: str | Path, parts: Mapping[str, Any], dtype: torch.dtype = torch.float16, file_size: str = "15MB"
+) -> None:
     """Write a Stable Diffusion folder with the extra parts this project uses beside it.
 
     Args:
         folder: where to; created if missing.
-        parts: tokenizer, clip (both encoders), text_encoder, vae, unet, scheduler and motion_adapter; what is not given
-            is left as it is.
+        parts: tokenizer, clip (both encoders), text_encoder, image_encoder, vae, unet, scheduler, motion_adapter and
+            feature_extractor; what is not given is left as it is.
         dtype: of the weights on disk.
+        file_size: at most; by default small enough for a repository.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         if name == "clip":
             _save_clip(folder, part, dtype)
-        elif name == "text_encoder":
+        elif name in ("text_encoder", "image_encoder"):
             _save_tower(folder / name, part, dtype)
         elif isinstance(part, nn.Module):
-            # a file of the repository stays under 16 MiB
-            _cast(part, dtype).save_pretrained(folder / name, max_shard_size="15MB")
+            _cast(part, dtype).save_pretrained(folder / name, max_shard_size=file_size)
         else:
             part.save_pretrained(folder / name)
     index = {

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_gen.diffusion.base import Base, load_base
+from lit_gen.diffusion.compile import Compile
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Method, Optimizer
@@ -60,34 +61,6 @@ class Network:
             cross_attention_dim=self.text_width,
             norm_num_groups=min(32, min(self.widths)),
         )
-
-
-@dataclass
-class Compile:
-    """How torch.compile makes the network faster.
-
-    Args:
-        mode: null compiles as usual in about two minutes; "reduce-overhead" replays CUDA graphs; the others try more
-            kernels, for much longer.
-        options: settings of the compiler instead of a mode, e.g. {conv_1x1_as_mm: true}.
-        blocks: compile each block of the network by itself. The gradients of a block are then there, and sent to the
-            other GPUs, while those of the next are computed; a network in one piece has all of them at the end.
-        backend: of torch.compile.
-    """
-
-    mode: Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None
-    options: dict[str, bool | int | str] | None = None
-    blocks: bool = False
-    backend: str = "inductor"
-
-    def apply(self, unet: UNet2DConditionModel) -> None:
-        """Have the network compiled when it is first called."""
-        parts = [*unet.down_blocks, unet.mid_block, *unet.up_blocks] if self.blocks else [unet]
-        # All parts count as one function to the compiler, which by default gives up at its ninth version.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(parts))
-        for part in parts:
-            if part._compiled_call_impl is None:
-                part.compile(backend=self.backend, mode=self.mode, options=self.options, dynamic=False)
 
 
 class Finetune(Method):

@@ -1,10 +1,17 @@
-"""A tiny base with random weights, for tests and for trying a pipeline before a real base exists."""
+"""Bases with random weights: a tiny one for tests, and one of real size to measure speed and memory with.
+
+python -m lit_gen.pretrain.stand_in FOLDER     # 4.3 GB
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL, MotionAdapter, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lit_gen.pretrain.architecture import (
     build_autoencoder,
@@ -43,3 +50,47 @@ def write_stand_in(folder: str | Path, seed: int = 0, words: list[str] | None = 
         }
     save_base(folder, parts, dtype=torch.float32)
     return Path(folder)
+
+
+def write_sd15(folder: str | Path, seed: int = 0) -> Path:
+    """Write a base of the size of Stable Diffusion 1.5 with AnimateDiff's v1-5-2 motion modules and CLIP ViT-H/14.
+
+    The tokenizer is the world's, whose words lie in the first rows of the text encoder's vocabulary. Weights are drawn
+    on a GPU where there is one, and stored in float16.
+    """
+    from lit_gen.world.grammar import vocabulary_words
+
+    tokenizer = build_tokenizer(vocabulary_words())
+    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    vision = CLIPVisionConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14,
+        projection_dim=1024, hidden_act="gelu",
+    )  # fmt: skip
+    build = {
+        "text_encoder": lambda: CLIPTextModel(text),
+        "image_encoder": lambda: CLIPVisionModelWithProjection(vision),
+        "vae": lambda: AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            sample_size=512,
+        ),
+        "unet": lambda: UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+        "motion_adapter": lambda: MotionAdapter(use_motion_mid_block=True, motion_max_seq_length=32),
+    }
+    torch.manual_seed(seed)
+    given = {"tokenizer": tokenizer, "scheduler": build_scheduler(), "feature_extractor": CLIPImageProcessorPil()}
+    save_base(folder, given)
+    for name, make in build.items():  # one at a time, since all of them are nine gigabytes
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            part = make()
+        save_base(folder, {name: part}, file_size="5GB")
+        print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.0f} million random weights", flush=True)
+    return Path(folder)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m lit_gen.pretrain.stand_in FOLDER")
+    write_sd15(sys.argv[1])

@@ -10,6 +10,8 @@ import pytest
 import torch
 import yaml
 
+from lit_gen.diffusion.compile import Compile
+from lit_gen.distillation.contract import Prompts
 from lit_gen.errors import UserError
 from lit_gen.methods.asd import Particles
 from lit_gen.metrics.counterparts import WorldPrompts, pictures_of
@@ -53,6 +55,24 @@ def test_a_run_moves_the_particles_and_draws_them(lit_gen: Command, tiny_base: P
     assert (measured.get("drift", 0) > 0) == ("prompts" not in more and "space" not in more)
     assert lit_gen("predict", "-c", "x.yaml") == 0
     assert len(list(Path("runs/x/samples/predict").glob("??-??.png"))) == len(start)
+
+
+@pytest.mark.parametrize("more", [{"sibling": "sds"}, {"discriminator": "lora"}, {"discriminator": "embedding"}])
+def test_compiled_is_plain(tiny_base: Path, more: dict) -> None:
+    def gradient(compile: Compile | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        method = Particles(str(tiny_base), prompts=["a red ball"], particles=2, compile=compile, **more)
+        method.configure_model()
+        prompts = Prompts(*(states.expand(2, -1, -1) for states in (method.text, method.null)))
+        method.distillation(method.as_latents(), prompts).total.backward()
+        return torch.cat([p.grad.flatten() for p in method.trainable_parameters()])
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(gradient(Compile(backend="eager")), gradient(None))
+    counters = torch._dynamo.utils.counters
+    # the frozen teacher's, and the discriminator's with gradient
+    assert counters["stats"]["unique_graphs"] == (1 if "sibling" in more else 2) and not counters["graph_break"]
 
 
 def test_true_pictures_have_the_true_palette_and_garish_ones_do_not() -> None:

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from lit_gen.callbacks.samples import Samples
 from lit_gen.data.facts import facts_from_scenes
 from lit_gen.data.styled import strip_style
+from lit_gen.diffusion.compile import Compile
 from lit_gen.diffusion.style_adapter import Adapter
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Optimizer
@@ -74,6 +75,30 @@ def loader(*batches):
 def oracle(tmp_path_factory):
     """An untrained oracle: its scores mean nothing, but they are scores."""
     return str(Oracle(channels=(8, 8, 8, 8), width=16, layers=1).save_pretrained(tmp_path_factory.mktemp("oracle")))
+
+
+@pytest.mark.parametrize("stage", ["adapter", "temporal"])
+def test_compiled_and_checkpointed_is_plain(tiny_base, stage, monkeypatch):
+    clip = {"posterior": torch.randn(1, 4, 2, 8, 16, 16), "video": torch.rand(1, 4, 3, 64, 64)}
+    picture = {"posterior": torch.randn(1, 2, 8, 16, 16), "style": torch.rand(1, 3, 64, 64)}
+    batch = (picture if stage == "adapter" else clip) | {"text_states": torch.randn(1, 9, 32), "caption": ["a ball"]}
+
+    def gradient(**options):
+        model = method(tiny_base, stage, **options)
+        model.configure_model()
+        torch.manual_seed(1)
+        model.loss(batch).mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.trainable_parameters()])
+
+    plain = gradient()
+    recomputed, real = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: recomputed.append(a) or real(*a, **k))
+    assert torch.equal(gradient(checkpointing=True), plain) and len(recomputed) >= 5
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(gradient(compile=Compile(backend="eager")), plain)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]  # in one piece, style and all
 
 
 def test_adapter_learns_and_leaves_the_base_alone(tiny_base):

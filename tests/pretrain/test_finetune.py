@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_gen.pretrain.finetune import Compile, Finetune, Network
+from lit_gen.diffusion.compile import Compile
+from lit_gen.pretrain.finetune import Finetune, Network
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments/bench/sd15.yaml"
 SMALL = Network(widths=[16, 32], layers=1, heads=2, text_width=16, latent_size=8)

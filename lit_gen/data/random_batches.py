@@ -1,0 +1,76 @@
+"""Random numbers in the shape of real batches: what the speed of training is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+
+
+class Endless:
+    """Batch numbers 0, 1, …, `length` of them an epoch."""
+
+    waited = 0.0  # seconds spent waiting for data: none
+
+    def __init__(self, length: int) -> None:
+        self.length, self.number = length, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in range(self.length - self.number % self.length):
+            self.number += 1  # before yielding: a checkpoint written during the step counts its batch
+            yield self.number - 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.number = state["number"]
+
+
+class RandomBatches(L.LightningDataModule):
+    """Batches of random numbers, and of the same text for each sample, made once, on the device.
+
+    Args:
+        shapes: of what a sample has, by name, e.g. {latents: [4, 64, 64], text_states: [77, 768]}; standard normal,
+            float32.
+        batch_size: samples per step and rank.
+        texts: what else it has, by name, e.g. {caption: a red ball}.
+        batches: different batches, which take turns.
+        seed: of the numbers; every rank has others.
+    """
+
+    def __init__(
+        self,
+        shapes: dict[str, list[int]],
+        batch_size: int = 8,
+        texts: dict[str, str] | None = None,
+        batches: int = 4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.shapes, self.batch_size, self.texts = shapes, batch_size, texts or {}
+        self.batches, self.seed = batches, seed
+        self.made: list[dict[str, Any]] = []
+
+    def setup(self, stage: str) -> None:
+        rank, device = self.trainer.global_rank, self.trainer.strategy.root_device
+        generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + rank)
+        self.made = [self._batch(generator, device) for _ in range(self.batches)]
+
+    def _batch(self, generator: torch.Generator, device: torch.device) -> dict[str, Any]:
+        numbers = {
+            name: torch.randn((self.batch_size, *shape), generator=generator, device=device)
+            for name, shape in self.shapes.items()
+        }
+        return numbers | {name: [text] * self.batch_size for name, text in self.texts.items()}
+
+    def train_dataloader(self) -> Endless:
+        return Endless(1000)
+
+    def transfer_batch_to_device(self, batch: int, device: torch.device, dataloader_idx: int) -> dict[str, Any]:
+        return dict(self.made[batch % self.batches])
