@@ -8,6 +8,8 @@ import os
 import platform
 import statistics
 import time
+import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,8 @@ class Window(L.Callback):
         self.done = Counts(0.0, 0, 0, 0.0, 0.0)  # in the trainer's rounds
         self._stamps: list[Any] = []
         self._kinds: set[tuple] = set()  # of batches seen before the window
+        self.waits: list[str] = []  # places in the code that waited for the GPU, in a step of the warm-up
+        self._listening = ExitStack()
 
     # -- rounds -------------------------------------------------------------------------------------------------------
 
@@ -86,9 +90,28 @@ class Window(L.Callback):
         self._speed = next(c for c in trainer.callbacks if isinstance(c, Speed))
         self._loop = BareLoop(trainer, pl_module, skip=self.warmup) if self.bare else None
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # the next to last step of the warm-up, up to the end of the last, for what lies between two steps
+        if self._device.type == "cuda" and trainer.global_step == max(self.warmup - 2, 0):
+            self._listen()
+
+    def _listen(self) -> None:
+        self._listening.close()
+        heard = self._listening.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always")
+        self._listening.callback(
+            lambda: self.waits.extend(f"{w.filename}:{w.lineno}" for w in heard if "synchroniz" in str(w.message))
+        )
+        self._listening.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
+        torch.cuda.set_sync_debug_mode("warn")
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.global_step >= self.warmup:
+            self._listening.close()
         kind = kind_of(batch)
         if kind not in self._kinds and self._step >= self.warmup and trainer.is_global_zero:
             print(f"step {self._step}: the warm-up saw no batch like this; consider a longer --warmup", flush=True)
@@ -161,6 +184,8 @@ class Window(L.Callback):
             "tflops_per_device": flops / seconds / 1e12 if peak else UNKNOWN,
             "mfu_percent": 100 * flops / seconds / (1e12 * peak) if peak else UNKNOWN,
         }
+        for place in dict.fromkeys(self.waits):
+            print(f"waits for the GPU: {place} ({self.waits.count(place)} times in two steps)", flush=True)
         if self.bare:
             overheads = [100 * (a / b - 1) for a, b in zip(self.seconds, self.bare_seconds, strict=True)]
             figures |= {
@@ -180,6 +205,7 @@ class Window(L.Callback):
             "steps": steps,
             "warmup": self.warmup,
             **{name: None if value != value else float(f"{value:.6g}") for name, value in figures.items()},
+            "waits": sorted(set(self.waits)),
             "machine": machine(self._device),
             **{key: told for key, told in provenance(()).items() if key in ("git", "versions")},
         }

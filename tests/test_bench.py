@@ -190,7 +190,7 @@ def test_two_processes(toy: Path) -> None:
 SHRUNK = (
     "--model.compile", "null", "--model.network.widths", "[16,32]", "--model.network.layers", "1",
     "--model.network.heads", "2", "--model.network.text_width", "16", "--model.network.latent_size", "8",
-    "--data.pixels", "64", "--data.tokens", "8", "--data.text_width", "16", "--data.batch_size", "2",
+    "--data.shapes", "{latents: [4, 8, 8], text_states: [8, 16]}", "--data.batch_size", "2",
 )  # fmt: skip
 
 
@@ -210,6 +210,7 @@ def test_the_commands_in_the_experiments_bind(here: Path, monkeypatch: pytest.Mo
             files, _, overrides = cli.parse([word for word in shlex.split(line) if word != "--bare"])
             options, arms, overrides = bench._options(overrides, bare=False)
             plan = bench._plan(files, overrides, arms, None, options, str(here / str(len(bound))))
-            bound += [Binding("fit", [run]).bound[0].fit for _, _, run in plan]
-    assert {int(settings.trainer.devices) for settings in bound} == {1, 2}
-    assert all(settings.trainer.max_steps == 70 and settings.trainer.limit_val_batches == 0 for settings in bound)
+            length = options.warmup + options.steps * options.rounds
+            bound += [(Binding("fit", [run]).bound[0].fit.trainer, length) for _, _, run in plan]
+    assert {int(trainer.devices) for trainer, _ in bound} == {1, 2}
+    assert all(trainer.max_steps == length and trainer.limit_val_batches == 0 for trainer, length in bound)

@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from lit_gen import interrupts
@@ -79,7 +80,9 @@ class Stream:
         self._asked: queue.SimpleQueue = queue.SimpleQueue()
         self._answers: queue.SimpleQueue = queue.SimpleQueue()
         self._workers: list[BaseProcess] = []
-        work = (loader, self._asked, self._answers, self._workers)
+        # of this thread; a new one would have the first GPU, on which every process would then open a context
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        work = (loader, self._asked, self._answers, self._workers, gpu)
         thread = threading.Thread(target=_serve, args=work, daemon=True)
         _serving[thread] = self._asked
         thread.start()
@@ -151,9 +154,13 @@ _serving: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # threads of 
 _workers: weakref.WeakSet = weakref.WeakSet()  # processes of all loaders
 
 
-def _serve(loader: DataLoader, asked: queue.SimpleQueue, answers: queue.SimpleQueue, workers: list) -> None:
+def _serve(
+    loader: DataLoader, asked: queue.SimpleQueue, answers: queue.SimpleQueue, workers: list, gpu: int | None
+) -> None:
     """Answer each request with the next batch until there is a request for none."""
     batches = None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     signal.pthread_sigmask(signal.SIG_BLOCK, _ASIDE)  # inherited: no worker is without `settle` for a moment
     while asked.get():
         try:
@@ -164,6 +171,9 @@ def _serve(loader: DataLoader, asked: queue.SimpleQueue, answers: queue.SimpleQu
                     workers += [p for p in multiprocessing.active_children() if p not in before]
                     _workers.update(workers)
             answer = next(batches)
+            if gpu is not None and isinstance(answer, dict):
+                # A copy to the GPU from anywhere else waits until the GPU has done all that it was told to do.
+                answer = {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in answer.items()}
         except BaseException as error:
             answer = _Raised(error)
         answers.put(answer)

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+import torch
 from damage import epoch, make, numbers, one_line
 
 from lit_gen.data import bench
@@ -121,6 +122,14 @@ def test_workers_outlive_the_signal_that_asks_the_run_to_pause(folder):
     while any(worker.is_alive() for worker in workers) and time.monotonic() < limit:
         time.sleep(0.01)
     assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="is for copies to a GPU")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_for_a_gpu_can_be_copied_while_it_works(folder, workers):
+    torch.cuda.init()
+    batch = next(iter(make(folder, 3, workers=workers)))
+    assert batch["image"].is_pinned()
 
 
 def test_waiting_is_counted(folder):
