@@ -178,7 +178,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             "batch": f"{row['samples_per_step_per_device']:.4g}",
             "samples/s": _text(row["samples_per_second"]),
             "a device": _text(row["samples_per_second_per_device"]),
-            "ms/step (10-90 %)": f"{_text(row['ms_per_step'])} ({_range(row, 'ms_per_step_p10', 'ms_per_step_p90')})",
+            "ms/step (10-90 %)": _text(row["ms_per_step"]) + _between(row),
             "data wait": _text(row["data_wait_percent"], " %"),
             "memory": _text(row["peak_memory_gib"], " GiB"),
             "MFU": _text(row["mfu_percent"], " %"),
@@ -200,6 +200,10 @@ def _text(value: float | None, unit: str = "") -> str:
 
 def _range(row: dict[str, Any], low: str, high: str) -> str:
     return f"{_text(row[low])} to {_text(row[high])}"
+
+
+def _between(row: dict[str, Any]) -> str:
+    return "" if row["ms_per_step_p10"] is None else f" ({_range(row, 'ms_per_step_p10', 'ms_per_step_p90')})"
 
 
 def _overhead(row: dict[str, Any]) -> str:
