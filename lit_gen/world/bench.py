@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -58,13 +59,17 @@ def measure(job: tuple[str, str, int, int, int, int]) -> tuple[float, float, flo
 
 
 def _median(device: str, repeats: int, work: Callable[[], object]) -> float:
-    """Seconds on the clock."""
+    """Seconds on the clock, without those in which Python looks for garbage, which is now and then and takes long."""
     wait = torch.cuda.synchronize if device != "cpu" else lambda: None
     seconds = []
-    for _ in range(repeats):
-        wait()
-        start = time.perf_counter()
-        work()
-        wait()
-        seconds.append(time.perf_counter() - start)
+    gc.disable()  # as timeit does
+    try:
+        for _ in range(repeats):
+            wait()
+            start = time.perf_counter()
+            work()
+            wait()
+            seconds.append(time.perf_counter() - start)
+    finally:
+        gc.enable()
     return sorted(seconds)[len(seconds) // 2]
