@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,15 @@ class OneStep(Method):
         drawn, real = (torch.cat(side) for side in zip(*self._drawn, strict=True))
         self._drawn.clear()
         self.log_dict(palette_error(drawn, real), sync_dist=True)
+        if self._shown:
+            self.log("variety", self._variety(self.draw), sync_dist=True)
+            if self.trainer.testing:  # takes as long as all the rest
+                self.log("variety of the teacher", self._variety(self.draw_by_teacher), sync_dist=True)
+
+    def _variety(self, draw: Callable[[list[str], int], Tensor]) -> Tensor:
+        """Root mean square difference between pictures of the same caption from different noise."""
+        pictures = torch.stack([draw(self._shown, number) for number in range(4)])
+        return torch.stack([(a - b).square().mean().sqrt() for a, b in itertools.combinations(pictures, 2)]).mean()
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)

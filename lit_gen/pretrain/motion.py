@@ -31,8 +31,8 @@ class Motion(BasePart):
         drop_text: share of training clips whose caption is replaced by the empty one.
         min_snr: gamma of the min-SNR loss weight; null for none.
         lowest_snr: the least of that weight.
-        spatial_lr: learning rate of the spatial layers; null keeps them and the text encoder frozen. The encoder has the
-            motion modules': its states of "moves left" and "moves right" are 5 % apart at first.
+        spatial_lr: learning rate of the spatial layers; null keeps them and the text encoder frozen. The encoder has
+            that of the motion modules: its states of "moves left" and "moves right" are 3 % apart at first.
         contrast_weight: weight of the contrastive loss of a tuned text encoder, see TextToImage.
         compile: compile the network with torch.compile.
         guidance: classifier-free guidance scale of the clips drawn after validation.

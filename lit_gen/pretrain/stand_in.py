@@ -6,10 +6,12 @@ python -m lit_gen.pretrain.stand_in FOLDER     # 4.3 GB
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, MotionAdapter, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -52,21 +54,14 @@ def write_stand_in(folder: str | Path, seed: int = 0, words: list[str] | None = 
     return Path(folder)
 
 
-def write_sd15(folder: str | Path, seed: int = 0) -> Path:
-    """Write a base of the size of Stable Diffusion 1.5 with AnimateDiff's v1-5-2 motion modules and CLIP ViT-H/14.
-
-    The tokenizer is the world's, whose words lie in the first rows of the text encoder's vocabulary. Weights are drawn
-    on a GPU where there is one, and stored in float16.
-    """
-    from lit_gen.world.grammar import vocabulary_words
-
-    tokenizer = build_tokenizer(vocabulary_words())
+def sd15_parts() -> dict[str, Callable[[], nn.Module]]:
+    """What builds the networks of Stable Diffusion 1.5, AnimateDiff's v1-5-2 motion modules and CLIP ViT-H/14."""
     text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     vision = CLIPVisionConfig(
         hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14,
         projection_dim=1024, hidden_act="gelu",
     )  # fmt: skip
-    build = {
+    return {
         "text_encoder": lambda: CLIPTextModel(text),
         "image_encoder": lambda: CLIPVisionModelWithProjection(vision),
         "vae": lambda: AutoencoderKL(
@@ -79,12 +74,22 @@ def write_sd15(folder: str | Path, seed: int = 0) -> Path:
         "unet": lambda: UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
         "motion_adapter": lambda: MotionAdapter(use_motion_mid_block=True, motion_max_seq_length=32),
     }
+
+
+def write_sd15(folder: str | Path, seed: int = 0) -> Path:
+    """Write a base of `sd15_parts` with random weights in float16, drawn on a GPU where there is one.
+
+    The tokenizer is the world's, whose words lie in the first rows of the text encoder's vocabulary.
+    """
+    from lit_gen.world.grammar import vocabulary_words
+
     torch.manual_seed(seed)
+    tokenizer = build_tokenizer(vocabulary_words())
     given = {"tokenizer": tokenizer, "scheduler": build_scheduler(), "feature_extractor": CLIPImageProcessorPil()}
     save_base(folder, given)
-    for name, make in build.items():  # one at a time, since all of them are nine gigabytes
+    for name, build in sd15_parts().items():  # one at a time, since all of them are nine gigabytes
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            part = make()
+            part = build()
         save_base(folder, {name: part}, file_size="5GB")
         print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.0f} million random weights", flush=True)
     return Path(folder)
