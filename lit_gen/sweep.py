@@ -152,7 +152,10 @@ def read(files: list[str], smoke: bool = False) -> Sweep:
     root = Path(str(merged.data.get("run_root") or "runs"))
     over, arms = _arms(merged, section)
     cells = [_cell(merged, files, name, root, arm, seed, smoke) for seed in section.get("seeds", [0]) for arm in arms]
-    return Sweep(name, cells, section.get("report") or {}, over)
+    report = dict(section.get("report") or {})
+    if smoke:  # whose figures mean nothing
+        report["out"] = str(root / "smoke" / name / "report.md")
+    return Sweep(name, cells, report, over)
 
 
 def _arms(merged: Settings, section: dict[str, Any]) -> tuple[str, list[Arm]]:

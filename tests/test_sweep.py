@@ -68,6 +68,7 @@ def test_every_arm_and_seed_is_trained_tested_and_compared(
 
 
 def test_tasks_of_an_array_share_the_cells(arms: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sweep.read([arms], smoke=True).report["out"] == "runs/smoke/arms/report.md"  # the real one is left alone
     cells = sweep.read([arms]).cells
     shares = [sweep.share(cells, i, 4) for i in range(4)]
     assert sorted((c.arm, c.seed) for part in shares for c in part) == sorted((c.arm, c.seed) for c in cells)
