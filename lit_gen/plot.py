@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
+from lit_gen.errors import UserError
+
+try:
+    import matplotlib
+except ImportError:
+    raise UserError("the report has plots, which need matplotlib: pip install 'lit-gen[plots]'") from None
 
 matplotlib.use("agg")  # no display is needed
 matplotlib.rcParams["svg.hashsalt"] = "lit_gen"  # the same plot is the same file
