@@ -106,9 +106,12 @@ def judge(
     other = claim.get("against", measure)
     if other not in measures:
         raise UserError(f"claim {claim.get('say', claim)!r}: there is no measure `{other}`{nearest(other, measures)}")
-    read = _slopes if "slope" in claim else lambda cells, name, how: _read(cells, how)
-    ours = read(known[claim["arm"]], measure, measures[measure])
-    theirs = read(known[claim[directions[0]]], other, measures[other])
+    one, two = known[claim["arm"]], known[claim[directions[0]]]
+    if "slope" in claim:
+        ours, theirs = (_slopes(points, measure, measures[measure]) for points in _same_seeds(one, two))
+    else:
+        same = _same_seeds({0: one}, {0: two})
+        ours, theirs = _read(same[0][0], measures[measure]), _read(same[1][0], measures[other])
     factor = float(claim.get("times", 1.0))
     scaled = [{measure: {k: factor * v for k, v in run.get(other, {}).items()}} for run in theirs]
     try:
@@ -122,12 +125,18 @@ def judge(
 
 
 def _series(sweep: Sweep, tested: dict[str, list[Cell]]) -> dict[str, Points]:
-    """What the sweep went over, by the arms' names without the value."""
-    found: dict[str, Points] = {}
+    """What the sweep went over, by the arms' names without the value; empty for those that have not been tested."""
+    found: dict[str, Points] = {cell.series: {} for cell in sweep.cells if cell.value is not None}
     for cells in tested.values():
         if cells and cells[0].value is not None:
-            found.setdefault(cells[0].series, {})[cells[0].value] = cells
+            found[cells[0].series][cells[0].value] = cells
     return found
+
+
+def _same_seeds(*groups: Points) -> list[Points]:
+    """The groups with only those cells whose seeds all of them have, at every value; the others are still to be run."""
+    seeds = set.intersection(*({cell.seed for cell in cells} for points in groups for cells in points.values()))
+    return [{value: [c for c in cells if c.seed in seeds] for value, cells in points.items()} for points in groups]
 
 
 def _slopes(points: Points, measure: str, how: dict[str, Any] | None) -> list[dict[str, dict[str, float]]]:
@@ -151,10 +160,8 @@ def _plots(sweep: Sweep, series: dict[str, Points], measures: dict[str, Any], ou
         from lit_gen.plot import draw
 
         file = out.parent / "images" / f"{slug(sweep.name)}-{slug(measure)}.svg"
-        draw(
-            {name: _estimates(points, measure, measures[measure]) for name, points in series.items()},
-            *(sweep.over, measure, file),
-        )
+        shown = {name: _estimates(points, measure, measures[measure]) for name, points in series.items()}
+        draw({name: points for name, points in shown.items() if points}, sweep.over, measure, file)
         found.append((f"{measure} over {sweep.over}", file))
     return found
 
@@ -205,11 +212,18 @@ def _tables(sweep: Sweep, tested: dict[str, list[Cell]], measures: dict[str, Any
             shape = max(shape, values.shape)
             row = f"| {arm} | {scores.bootstrap(values)} |"
             if reference:
-                apart = "" if arm == reference else str(scores.difference(runs, _read(tested[reference], how), name))
-                row += f" {apart} |"
+                row += f" {'' if arm == reference else _apart(cells, tested[reference], name, how)} |"
             lines.append(row)
         lines += ["", f"{shape[1]} samples, {shape[0]} seeds; mean and 95 % bootstrap interval over both.", ""]
     return lines
+
+
+def _apart(cells: list[Cell], reference: list[Cell], measure: str, how: dict[str, Any] | None) -> Estimate | str:
+    ours, theirs = (_read(points[0], how) for points in _same_seeds({0: cells}, {0: reference}))
+    try:
+        return scores.difference(ours, theirs, measure)
+    except UserError:  # no seed in common yet
+        return ""
 
 
 def _claims(verdicts: list[Verdict]) -> list[str]:

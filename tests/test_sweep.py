@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,6 +197,12 @@ def test_arms_over_values_are_told_as_lines_and_slopes(
     assert svg.startswith("<?xml") and "![error over lr](images/arms-error.svg)" in report
     assert lit_gen("sweep", "-c", "arms.yaml", "--report") == 0
     assert Path("results/images/arms-error.svg").read_text() == svg
+    shutil.rmtree("runs/arms/still-lr-0.001-seed1")
+    shutil.rmtree("runs/arms/half-lr-0.1-seed1")
+    shutil.rmtree("runs/arms/half-lr-0.001-seed1")
+    assert lit_gen("sweep", "-c", "arms.yaml", "--report") == 0  # of what there is
+    report = Path("results/over.md").read_text()
+    assert "| half |" not in report and "quick learns more" not in report and "| falls with the rate |" in report
     for old, new, message in (
         ("lr: [0.001, 0.1]", "lr: 0.1", "`over` is one name with a list"),
         ("[0.0, 0.0]", "[0.0]", "`over` of `still` needs a list of 2, one for each lr"),
