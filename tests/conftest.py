@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 # Files that take minutes; begun last, one of them would run alone in the end.
-LONG = ("test_resume.py", "test_slurm.py", "test_zero.py", "test_sharded_export.py")
+LONG = ("test_resume.py", "test_slurm.py", "test_zero.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 pytest.importorskip("deepspeed")
 
-from zero_ranks import MIDDLE, STEPS, middle, train
+from zero_ranks import CASES, MIDDLE, STEPS, middle, run_pair, train
 
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Method
@@ -38,6 +40,13 @@ def tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 def last(folder: Path) -> dict[str, Any]:
     return read_checkpoint(folder / "checkpoints" / "last.ckpt")
+
+
+@pytest.fixture(scope="module")
+def trainings(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    """Folder and results of both ranks of every case of `zero_ranks.py`, all in one pair of processes."""
+    folder = tmp_path_factory.mktemp("pair")
+    return folder, run_pair(tiny_base, folder, list(CASES))
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +161,22 @@ def test_parts_are_needed_and_nothing_in_them_runs(trainings: Trainings, tmp_pat
     with pytest.raises(UserError, match="more than tensors and plain values"):  # what DeepSpeed's engine reads with
         checkpoint_engine(SimpleNamespace(_config=None)).load(str(parts[1]))
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("case", ZEROS)
+def test_sharded_checkpoints_are_exported_as_averaged_weights_and_as_one_file(
+    case: str, trainings: Trainings, lit_gen: Callable[..., int], toy: Path
+) -> None:
+    folder, results = trainings
+    source = str(folder / case / "checkpoints" / "last.ckpt")
+    assert lit_gen("export", "-c", "toy.yaml", "--ckpt_path", source, "--out", "out") == 0
+    weights, trained = load_file("out/weights.safetensors"), results[case][0]["weights"]
+    assert weights.keys() == trained.keys()  # what training ended with is the average
+    assert all(torch.equal(weights[name], w) for name, w in trained.items())
+    assert lit_gen("export", "-c", "toy.yaml", "--ckpt_path", source, "--out", "out", "--format", "checkpoint") == 0
+    one, parts = read_checkpoint("out/checkpoint.ckpt"), read_checkpoint(source)
+    assert one.keys() == parts.keys() and one["global_step"] == 4
+    assert all(torch.equal(one["state_dict"][n], w) for n, w in parts["state_dict"].items())
 
 
 def test_zero_says_what_it_does_not_do() -> None:
