@@ -161,8 +161,9 @@ def read(files: list[str], smoke: bool = False) -> Sweep:
 def _arms(merged: Settings, section: dict[str, Any]) -> tuple[str, list[Arm]]:
     """-> (what the sweep goes over, arms; those that take a stage from another come after it)"""
     over = section.get("over") or {}
-    if len(over) > 1 or not all(isinstance(values, list) and values for values in over.values()):
-        raise UserError(f"{merged.origin(('sweep', 'over'))}: `over` is one name with a list: {{guidance: [1, 3]}}")
+    if not isinstance(over, dict) or len(over) > 1 or not all(map(_are_numbers, over.values())):
+        where = merged.origin(("sweep", "over"))
+        raise UserError(f"{where}: `over` is one name with a list of numbers: {{guidance: [1, 3]}}")
     key = next(iter(over), "")
     arms = []
     for written, settings in section["arms"].items():
@@ -174,12 +175,13 @@ def _arms(merged: Settings, section: dict[str, Any]) -> tuple[str, list[Arm]]:
                 raise UserError(
                     f"{where}: `{written}` cannot take a stage from `{source}`{nearest(source, section['arms'])}"
                 )
+        if own is not None and (not isinstance(own, list) or len(own) != len(over.get(key, ()))):
+            where = merged.origin(("sweep", "arms", written, "over"))
+            needed = f"needs a list of {len(over[key])}, one for each {key}" if key else "goes with `sweep.over`"
+            raise UserError(f"{where}: `over` of `{written}` {needed}")
         if not key:
             arms.append(Arm(written, written, settings))
             continue
-        if own is not None and (not isinstance(own, list) or len(own) != len(over[key])):
-            where = merged.origin(("sweep", "arms", written, "over"))
-            raise UserError(f"{where}: `over` of `{written}` needs a list of {len(over[key])}, one for each {key}")
         for value, given in zip(over[key], own or over[key], strict=True):
             at = f", {key} {value:g}"
             more = {"vars": {**settings.get("vars", {}), key: given}}
@@ -187,6 +189,10 @@ def _arms(merged: Settings, section: dict[str, Any]) -> tuple[str, list[Arm]]:
                 more["take"] = {stage: source + at for stage, source in take.items()}
             arms.append(Arm(written + at, written, settings | more, float(value)))
     return key, sorted(arms, key=lambda arm: bool(arm.settings.get("take")))
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(v, int | float) for v in values)
 
 
 def _cell(merged: Settings, files: list[str], name: str, root: Path, arm: Arm, seed: int, smoke: bool) -> Cell:

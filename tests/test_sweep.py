@@ -204,7 +204,10 @@ def test_arms_over_values_are_told_as_lines_and_slopes(
     report = Path("results/over.md").read_text()
     assert "| half |" not in report and "quick learns more" not in report and "| falls with the rate |" in report
     for old, new, message in (
-        ("lr: [0.001, 0.1]", "lr: 0.1", "`over` is one name with a list"),
+        ("lr: [0.001, 0.1]", "lr: 0.1", "`over` is one name with a list of numbers"),
+        ("lr: [0.001, 0.1]", "lr: [small, large]", "`over` is one name with a list of numbers"),
+        ("{lr: [0.001, 0.1]}", "[0.001, 0.1]", "`over` is one name with a list of numbers"),
+        ("  over: {lr: [0.001, 0.1]}\n", "", "`over` of `half` goes with `sweep.over`"),
         ("[0.0, 0.0]", "[0.0]", "`over` of `still` needs a list of 2, one for each lr"),
     ):
         (here / "arms.yaml").write_text("base: [over.yaml]\n" + OVER.replace(old, new))
