@@ -28,6 +28,8 @@ from lit_gen.experiment import Run
 from lit_gen.scale.shards import size
 from lit_gen.stage import SMOKE_NOTHING, Command
 
+SYNCHRONIZES = "called a synchronizing"  # torch's warning of such a call; that of the mode itself speaks of them too
+
 
 class Bench(Command):
     """A fit without checkpoints and validation that measures a window of its steps.
@@ -102,7 +104,7 @@ class Window(L.Callback):
         heard = self._listening.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always")
         self._listening.callback(
-            lambda: self.waits.extend(f"{w.filename}:{w.lineno}" for w in heard if "synchroniz" in str(w.message))
+            lambda: self.waits.extend(f"{w.filename}:{w.lineno}" for w in heard if SYNCHRONIZES in str(w.message))
         )
         self._listening.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
         torch.cuda.set_sync_debug_mode("warn")

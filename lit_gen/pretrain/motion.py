@@ -34,6 +34,7 @@ class Motion(BasePart):
         spatial_lr: learning rate of the spatial layers; null keeps them and the text encoder frozen. The encoder has
             that of the motion modules: its states of "moves left" and "moves right" are 3 % apart at first.
         contrast_weight: weight of the contrastive loss of a tuned text encoder, see TextToImage.
+        apart: pairs of words that start anew as different ones: their embeddings are set apart.
         compile: compile the network with torch.compile.
         guidance: classifier-free guidance scale of the clips drawn after validation.
         sample_steps: DDIM steps of the clips drawn after validation; 0 draws none.
@@ -50,6 +51,7 @@ class Motion(BasePart):
         lowest_snr: float = 0.0,
         spatial_lr: float | None = None,
         contrast_weight: float = 0.05,
+        apart: list[list[str]] | None = None,
         compile: bool = False,
         guidance: float = 4.0,
         sample_steps: int = 25,
@@ -59,7 +61,7 @@ class Motion(BasePart):
         super().__init__(export, optimizer)
         self.heads = heads
         tuned = spatial_lr is not None
-        self.text = Text(base, frozen=not tuned)
+        self.text = Text(base, frozen=not tuned, apart=apart or ())
         self.autoencoder = load_base(base, parts=["vae"])
         pictures = load_base(base, parts=["unet"]).unet
         self.unet = motion_unet(pictures, build_motion_adapter(pictures, heads))

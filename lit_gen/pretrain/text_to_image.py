@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lit_gen.callbacks.samples import contact_sheet
 from lit_gen.diffusion.base import load_base
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.diffusion.sampling import ddim, guided, noise_from
+from lit_gen.errors import UserError
 from lit_gen.methods.base import Optimizer
 from lit_gen.pretrain.architecture import LATENT_CHANNELS, LATENT_SIZE, build_scheduler, build_unet
 from lit_gen.pretrain.clip import contrast
@@ -149,15 +150,31 @@ def noise_error(
     return schedule.loss(output, clean, noise, t, min_snr, lowest_snr).mean()
 
 
+@torch.no_grad()
+def set_apart(embeddings: Tensor, first: int, second: int) -> None:
+    """Make two rows of embeddings N D orthogonal, in place: their mean stays, their difference grows to its length.
+
+    Two words that training never told apart end as one, and stay so: what a network could do with their difference, and
+    what the difference could gain from that, are both too small to grow.
+    """
+    mean, half = (embeddings[first] + embeddings[second]) / 2, (embeddings[first] - embeddings[second]) / 2
+    half = half * (mean.norm() / half.norm())
+    embeddings[first], embeddings[second] = mean + half, mean - half
+
+
 class Text(torch.nn.Module):
     """Text states of token ids, from a base's text encoder.
 
     Args:
         base: folder with tokenizer/ and text_encoder/.
         frozen: whether the encoder takes no gradients.
+        apart: pairs of words whose embeddings are set apart first, see `set_apart`.
+
+    Raises:
+        UserError: a word to be set apart is not one token.
     """
 
-    def __init__(self, base: str, frozen: bool = True) -> None:
+    def __init__(self, base: str, frozen: bool = True, apart: Sequence[Sequence[str]] = ()) -> None:
         super().__init__()
         parts = load_base(base, parts=["tokenizer", "text_encoder"])
         tokenizer: CLIPTokenizer = parts.tokenizer
@@ -165,6 +182,11 @@ class Text(torch.nn.Module):
         self.width: int = self.encoder.config.hidden_size
         null = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
         self.register_buffer("null_tokens", null, persistent=False)
+        for pair in apart:
+            tokens = [tokenizer(word, add_special_tokens=False).input_ids for word in pair]
+            if len(pair) != 2 or any(len(token) != 1 for token in tokens):
+                raise UserError(f"model.apart has {list(pair)}, which is not two words of one token each in {base}")
+            set_apart(self.encoder.get_input_embeddings().weight, tokens[0][0], tokens[1][0])
 
     def null(self, tokens: Tensor) -> Tensor:
         """The empty caption, as many times as there are captions B L."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lit_gen.world.vocabulary import TIMES
+from lit_gen.world.vocabulary import MOTIONS, TIMES
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Recipe:
     named: float = 0.0  # share of pictures in one of the named styles
     continuous: float = 0.0  # share of pictures in a style without a name
     times: tuple[float, float, float] = (0.72, 0.16, 0.12)  # day, night, fog where there is a floor and no style
+    motions: tuple[str, ...] = MOTIONS  # of what moves, one as often as the other
     # How many consecutive indices share a "layout" (all but the time), a "place" (floor, time, camera) or a "subject".
     shared: dict[str, int] = field(default_factory=dict)
 
@@ -88,6 +89,7 @@ RECIPES = {
     "times": Recipe({"walkaround": 0.2, "single": 0.3, "pair": 0.35, "triple": 0.15}, shared={"layout": len(TIMES)}),
     "subjects": Recipe({"subject": 1}, shared={"subject": 8}),
     "motion": Recipe({"film": 1}, times=(0.84, 0.08, 0.08)),
+    "sideways-motion": Recipe({"film": 1}, times=(0.84, 0.08, 0.08), motions=("moves left", "moves right")),
     "styled-motion": Recipe({"film": 1}, continuous=1),
     "events": Recipe({"event": 1}, shared={"place": EVENT_CLIPS}),
     "normals": Recipe({"normal": 1}),

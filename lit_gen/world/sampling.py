@@ -101,11 +101,12 @@ class _Draw:
         )[self.layout]
 
     def _motions(self) -> Tensor:
+        motions = torch.tensor([MOTIONS.index(name) for name in self.plan.motions], device=self.device)
         if "place" not in self.plan.shared:
-            return self.draws.integer("motion", len(MOTIONS))
+            return motions[self.draws.integer("motion", len(motions))]
         # Scenes of one place show different motions: entries of one permutation.
-        order = self.place_draws.uniforms("motions", len(MOTIONS)).argsort(1)
-        return order.gather(1, (self.index % self.plan.shared["place"] % len(MOTIONS))[:, None])[:, 0]
+        order = self.place_draws.uniforms("motions", len(motions)).argsort(1)
+        return motions[order.gather(1, (self.index % self.plan.shared["place"] % len(motions))[:, None])[:, 0]]
 
     def look(self) -> dict[str, Tensor]:
         """Style, floor, time of day and whether the picture is a normal map."""
