@@ -184,7 +184,7 @@ class Text(torch.nn.Module):
         self.register_buffer("null_tokens", null, persistent=False)
         for pair in apart:
             tokens = [tokenizer(word, add_special_tokens=False).input_ids for word in pair]
-            if len(pair) != 2 or any(len(token) != 1 for token in tokens):
+            if len(pair) != 2 or any(len(token) != 1 or token == [tokenizer.unk_token_id] for token in tokens):
                 raise UserError(f"model.apart has {list(pair)}, which is not two words of one token each in {base}")
             set_apart(self.encoder.get_input_embeddings().weight, tokens[0][0], tokens[1][0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import lightning.pytorch as L
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
 from lit_gen.data.together import Both, PicturesAndClips
 from lit_gen.data.world import Draws, RenderedWorld
+from lit_gen.errors import UserError
 from lit_gen.pretrain.motion import Motion
+from lit_gen.pretrain.text_to_image import Text
 
 
 def world(base: Path, **more: object) -> RenderedWorld:
@@ -74,3 +78,21 @@ def test_both_kinds_of_batches_resume_together() -> None:
         seen = take(first, stop)
         second.load_state_dict(first.state_dict())
         assert seen + take(second, 11 - stop) == straight
+
+
+def test_words_set_apart_are_two_again_and_nothing_else_changes(tiny_base: Path) -> None:
+    before, after = Text(str(tiny_base)), Text(str(tiny_base), apart=[["left", "right"]])
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_base / "tokenizer")
+    (left,), (right,) = tokenizer(["left", "right"], add_special_tokens=False).input_ids
+    old, new = (text.encoder.get_input_embeddings().weight.detach() for text in (before, after))
+    torch.testing.assert_close(new[left] @ new[right], torch.tensor(0.0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(new[left] + new[right], old[left] + old[right])
+    assert (new[left] - new[right]).norm() > 0
+    others = torch.tensor([i for i in range(len(old)) if i not in (left, right)])
+    assert torch.equal(new[others], old[others])
+
+
+@pytest.mark.parametrize("pair", [["left"], ["left", "right of"], ["left", "leeward"], ["left", "right", "behind"]])
+def test_what_cannot_be_set_apart_is_named(tiny_base: Path, pair: list[str]) -> None:
+    with pytest.raises(UserError, match=re.escape(f"model.apart has {pair}")):
+        Text(str(tiny_base), apart=[pair])
