@@ -238,9 +238,8 @@ class RenderedWorld(L.LightningDataModule):
         self, recipe: str, split: str, index: Tensor, encoder: Any, clip: CLIPEncoders | None, keep_images: bool
     ) -> tuple[Scenes, dict[str, Tensor]]:
         scenes = sample(recipe, split, self.seed, index)
-        if self.frames == 1:
-            scenes = _at_some_time(scenes)
-        if self.frames == 1:
+        if self.frames == 1:  # a moving scene as its clip begins, where "moves left" and "moves right" look different
+            scenes = animate(scenes, torch.zeros(1))
             picture = render.render(scenes, self.size)
         else:
             picture = render.render_video(scenes, self.frames, self.size)
@@ -259,18 +258,6 @@ class RenderedWorld(L.LightningDataModule):
         if self.masks:
             columns["instance"] = picture.instance.byte()
         return scenes, columns
-
-
-def _at_some_time(scenes: Scenes) -> Scenes:
-    """Scenes that move, each at one of eight moments, early ones more often; scenes that stand still as they are.
-
-    Early ones, so that a single frame tells moves left from moves right and grows from shrinks: the words of motion get
-    a meaning for the text encoder and the spatial layers, which are frozen when motion is learned.
-    """
-    moment = scenes.index % 8
-    parts = [animate(scenes[moment == i], torch.tensor([(i / 7) ** 2])) for i in range(8)]
-    order = torch.cat([(moment == i).nonzero()[:, 0] for i in range(8)])
-    return Scenes.cat(parts)[order.argsort()]
 
 
 def _load_autoencoder(folder: str, device: torch.device) -> Any:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lit_gen.data.captions import write_captions
-from lit_gen.data.world import Draws, RenderedWorld, _at_some_time
+from lit_gen.data.world import Draws, RenderedWorld
 from lit_gen.metrics.clip import CLIPEncoders
+from lit_gen.world.render import render
 from lit_gen.world.sampling import sample
 
 
@@ -63,15 +64,14 @@ def test_ranks_render_disjoint_shares_of_one_pool() -> None:
     assert torch.equal(whole.tensors["image"], again.tensors["image"])
 
 
-def test_moving_scenes_are_taken_at_different_moments() -> None:
-    scenes = sample("motion", "train", 0, torch.arange(64))
-    moved = _at_some_time(scenes)
-    assert torch.equal(moved.index, scenes.index)
-    moves = scenes.motion == 1  # moves left
-    place = moved.position[moves, 0, 0] - scenes.position[moves, 0, 0]
-    assert place.std() > 0.1
-    still = sample("base", "train", 0, torch.arange(64))
-    assert torch.equal(_at_some_time(still).position, still.position)
+def test_pictures_of_moving_scenes_are_first_frames() -> None:
+    pictures, clips = (RenderedWorld(recipes={"motion": 1.0}, frames=frames, workers=0) for frames in (1, 8))
+    device = torch.device("cpu")
+    first = clips._fill("train", 16, 0, 1, device).tensors["video"][:, 0]
+    assert torch.equal(pictures._fill("train", 16, 0, 1, device).tensors["image"], first)
+    still, index = RenderedWorld(recipes={"base": 1.0}, workers=0), torch.arange(8)
+    drawn = (render(sample("base", "train", 0, index)).rgb.clamp(0, 1) * 255).round().byte()
+    assert torch.equal(still._fill("train", 8, 0, 1, device).tensors["image"], drawn)
 
 
 def test_twin_captions_are_wrong_in_few_words() -> None:
