@@ -138,9 +138,12 @@ class Record(L.Callback):
 
 
 def count(batch: Any) -> int:
-    """Samples in a batch: the length of its first tensor or list."""
+    """Samples in a batch: the length of its first tensor or list; of several batches in one, those of all."""
     if isinstance(batch, dict):
-        batch = next(iter(batch.values()))
+        parts = list(batch.values())
+        if all(isinstance(part, dict) for part in parts):
+            return sum(count(part) for part in parts)
+        batch = parts[0]
     elif isinstance(batch, tuple | list) and batch and hasattr(batch[0], "shape"):
         batch = batch[0]
     return len(batch) if hasattr(batch, "__len__") else 1

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from lit_gen.callbacks.progress import Progress
+from lit_gen.callbacks.record import count
 from lit_gen.callbacks.speed import Counts, Speed
 
 B, N, H, M = 4, 8, 16, 2
@@ -101,6 +102,13 @@ def test_accumulated_steps_count_once_and_a_silent_loader_is_left_out(tmp_path: 
     assert [step for step, _ in notes.metrics] == [1, 3, 5]
     assert "speed/data wait %" not in notes.metrics[0][1]
     assert speed.counts is not None and (speed.counts.steps, speed.counts.samples) == (6, 18 * B)
+
+
+def test_samples_of_every_shape_of_batch_are_counted() -> None:
+    pictures, clips = torch.zeros(5, 3), torch.zeros(2, 8, 3)
+    batches = (pictures, [pictures, clips], {"image": pictures, "caption": ["a"] * 5})
+    assert [count(batch) for batch in batches] == [5, 5, 5]
+    assert count({"clips": {"latent": clips}, "pictures": {"latent": pictures}}) == 7
 
 
 def test_operations_are_counted_once_for_each_kind_of_batch(tmp_path: Path) -> None:
