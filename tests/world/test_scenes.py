@@ -196,6 +196,12 @@ def test_turning_movers_look_different_from_different_sides() -> None:
     assert uneven[turning].all()
 
 
+def test_what_moves_sideways_goes_left_as_often_as_right() -> None:
+    scenes = sample("sideways-motion", "train", 0, torch.arange(2000))
+    found = {MOTIONS[i]: int(n) for i, n in enumerate(scenes.motion.bincount(minlength=len(MOTIONS))) if n}
+    assert found.keys() == {"moves left", "moves right"} and min(found.values()) > 900
+
+
 def test_unknown_names_are_explained() -> None:
     with pytest.raises(KeyError, match="there are base"):
         sample("bsae", "train", 0, torch.arange(1))
