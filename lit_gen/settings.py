@@ -103,12 +103,25 @@ def read(path: Path) -> Settings:
             loader.dispose()
 
 
-def _flatten(loader: _Loader, node: yaml.MappingNode) -> None:
-    """Resolve `<<` in place; a mapping's own keys win over merged ones, and only the former can be written twice."""
-    own = [(key, value) for key, value in node.value if key.tag != f"{TAG}merge"]
-    loader.flatten_mapping(node)  # what was merged comes first, and of that the most important last
-    merged = {key.value: (key, value) for key, value in node.value[: len(node.value) - len(own)]}
-    node.value = [merged[name] for name in merged if name not in {key.value for key, _ in own}] + own
+def _flatten(node: yaml.MappingNode) -> None:
+    """Resolve `<<` in place; a mapping's own keys win over merged ones, and only the former can be written twice.
+
+    Not PyYAML's: which mapping of a list wins there depends on its version. The specification has the first one win.
+    """
+    own, merged = [], {}
+    for key, value in node.value:
+        if key.tag != f"{TAG}merge":
+            own.append((key, value))
+            continue
+        for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            if not isinstance(source, yaml.MappingNode):
+                problem = "`<<` merges a mapping, or a list of mappings"
+                raise yaml.constructor.ConstructorError(None, None, problem, source.start_mark)
+            _flatten(source)
+            for name, setting in source.value:
+                merged.setdefault(str(name.value), (name, setting))
+    names = {str(key.value) for key, _ in own}
+    node.value = [pair for name, pair in merged.items() if name not in names] + own
 
 
 def _build(loader: _Loader, node: yaml.Node, file: str, path: KeyPath, origins: dict[KeyPath, str]) -> Any:
@@ -120,7 +133,7 @@ def _build(loader: _Loader, node: yaml.Node, file: str, path: KeyPath, origins: 
     if len(origins) > AT_MOST:
         raise UserError(f"{where}: more than {AT_MOST:,} settings; aliases (*name) may have multiplied them")
     if isinstance(node, yaml.MappingNode):
-        _flatten(loader, node)
+        _flatten(node)
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = str(loader.construct_object(key_node))

@@ -25,3 +25,11 @@ def test_merged_keys_give_way_to_a_mappings_own(tmp_path: Path) -> None:
     file.write_text("a: &a {lr: 1}\nb:\n  <<: *a\n  seed: 3\n  seed: 4\n")
     with pytest.raises(UserError, match="x.yaml:5: key `seed` is written twice"):
         read(file)
+
+
+@pytest.mark.parametrize("merged", ["3", "[*a, 3]"])
+def test_only_mappings_are_merged(tmp_path: Path, merged: str) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(f"a: &a {{lr: 1}}\nb: {{<<: {merged}}}\n")
+    with pytest.raises(UserError, match="x.yaml:2: not valid YAML: `<<` merges a mapping"):
+        read(file)
