@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_gen.diffusion.base import Base, load_base
 from lit_gen.diffusion.compile import Compile
+from lit_gen.diffusion.layout import keep_channels_last
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Method, Optimizer
@@ -104,7 +105,7 @@ class Finetune(Method):
 
     def configure_model(self) -> None:
         if self.channels_last:
-            self.unet.to(memory_format=torch.channels_last)
+            keep_channels_last(self.unet)
         if self.compiled is not None:
             self.compiled.apply(self.unet)
 
