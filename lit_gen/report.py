@@ -12,6 +12,7 @@ The section `sweep: report:` of an experiment file:
       - {say: "the style is nearer with decoupled crops", measure: style error, arm: full, below: no decoupling}
       - {say: "...", measure: leak rate, arm: full, below: appended to text, times: 0.33}
       - {say: "...", measure: R@1 short, arm: full, below: full, against: R@1 long}   # another measure
+      - {say: "as often right, within two points", measure: accuracy, arm: full, above: no scale, margin: 0.02}
     pictures: {adapter: prompts-x-styles.png}   # stage -> latest sample of that name, of the first seed
     shown: [full, no scale]               # arms whose pictures are shown; all by default
 
@@ -94,7 +95,10 @@ def judge(
     measures: dict[str, Any],
     series: dict[str, Points] | None = None,
 ) -> Verdict:
-    """Whether arm < times * other (or >) beyond the interval of the paired difference."""
+    """Whether arm < times * other + margin (or > times * other - margin) beyond the interval of the paired difference.
+
+    The figure told is the difference itself, without the margin.
+    """
     directions = [d for d in ("below", "above") if d in claim]
     measure = claim.get("slope", claim.get("measure"))
     if len(directions) != 1 or "arm" not in claim or measure not in measures:
@@ -118,9 +122,11 @@ def judge(
         figure = scores.difference(ours, scaled, measure)
     except UserError:  # the measure applies to no sample that both have
         return Verdict(str(claim.get("say", claim)), None, "no samples")
-    right, wrong = figure.high < 0, figure.low > 0
-    if directions[0] == "above":
-        right, wrong = wrong, right
+    margin = float(claim.get("margin", 0.0))
+    if directions[0] == "below":
+        right, wrong = figure.high < margin, figure.low > margin
+    else:
+        right, wrong = figure.low > -margin, figure.high < -margin
     return Verdict(str(claim.get("say", claim)), figure, "yes" if right else "no" if wrong else "not shown")
 
 

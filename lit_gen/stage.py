@@ -9,9 +9,10 @@ import re
 import time
 import warnings
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import lightning.pytorch as L
+import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -95,6 +96,12 @@ class Command(LightningCLI):
             default=False,
             help='Validate before training too, kept as "before" in metrics.json.',
         )
+        parser.add_argument(
+            "--matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="highest",
+            help="Of float32 matrix products, see torch.set_float32_matmul_precision: `high` allows TF32 on GPUs.",
+        )
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(Speed, "speed")
 
@@ -123,6 +130,7 @@ class Command(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         run, settings = self.runs[0], self.config[self.verb]
+        torch.set_float32_matmul_precision(settings.matmul_precision)
         fitting = self.verb == "fit"
         self.resume = settings.ckpt_path or (newest(run.last.parent) if fitting else None)
         if settings.trainer.logger in (None, True):

@@ -14,7 +14,7 @@ The file is an experiment with a section
 
 With `over: {guidance: [1, 3, 10]}` every arm is run at each of these values, which the experiment has as
 `${vars.guidance}`; the arms are then called "full, guidance 3", and so on. An arm with a list of its own, e.g.
-`over: [1, 2, 5.5]`, is given these instead.
+`over: [1, 2, 5.5]`, is given these instead; where it has `null` it is not run.
 
 Each arm and seed is an ordinary experiment, in `runs/<experiment>/<arm>-seed<n>/`, trained by `fit` and scored by
 `test`; so a sweep that was interrupted continues, and a SLURM array shares one.
@@ -175,7 +175,7 @@ def _arms(merged: Settings, section: dict[str, Any]) -> tuple[str, list[Arm]]:
                 raise UserError(
                     f"{where}: `{written}` cannot take a stage from `{source}`{nearest(source, section['arms'])}"
                 )
-        if own is not None and (not isinstance(own, list) or len(own) != len(over.get(key, ()))):
+        if own is not None and (not _are_numbers(own, or_null=True) or len(own) != len(over.get(key, ()))):
             where = merged.origin(("sweep", "arms", written, "over"))
             needed = f"needs a list of {len(over[key])}, one for each {key}" if key else "goes with `sweep.over`"
             raise UserError(f"{where}: `over` of `{written}` {needed}")
@@ -183,16 +183,25 @@ def _arms(merged: Settings, section: dict[str, Any]) -> tuple[str, list[Arm]]:
             arms.append(Arm(written, written, settings))
             continue
         for value, given in zip(over[key], own or over[key], strict=True):
+            if given is None:
+                continue
             at = f", {key} {value:g}"
             more = {"vars": {**settings.get("vars", {}), key: given}}
             if take := settings.get("take"):
                 more["take"] = {stage: source + at for stage, source in take.items()}
             arms.append(Arm(written + at, written, settings | more, float(value)))
+    names = {arm.name for arm in arms}
+    for arm in arms:
+        for stage, source in (arm.settings.get("take") or {}).items():
+            if source not in names:
+                where = merged.origin(("sweep", "arms", arm.written, "take", stage))
+                raise UserError(f"{where}: `{arm.name}` takes a stage from `{source}`, which is not run")
     return key, sorted(arms, key=lambda arm: bool(arm.settings.get("take")))
 
 
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and bool(values) and all(isinstance(v, int | float) for v in values)
+def _are_numbers(values: Any, or_null: bool = False) -> bool:
+    given = [v for v in values if v is not None or not or_null] if isinstance(values, list) else []
+    return bool(given) and all(isinstance(v, int | float) for v in given)
 
 
 def _cell(merged: Settings, files: list[str], name: str, root: Path, arm: Arm, seed: int, smoke: bool) -> Cell:

@@ -147,6 +147,31 @@ def test_a_claim_may_compare_two_measures(tmp_path: Path) -> None:
         judge(claim | {"against": "lng"}, {"arm": [cell]}, {"short": {}, "long": {}})
 
 
+@pytest.mark.parametrize(
+    "direction,margin,holds",
+    [("above", 0.0, "no"), ("above", 0.4, "no"), ("above", 0.6, "yes"), ("below", 0.0, "yes"), ("below", 0.1, "yes")],
+)
+def test_a_claim_may_have_a_margin(tmp_path: Path, direction: str, margin: float, holds: str) -> None:
+    from lit_gen.report import judge
+
+    kept = Scores()
+    kept.add(list("abcd"), ours=np.array([0.1, 0.2, 0.3, 0.4]), theirs=np.array([0.6, 0.7, 0.8, 0.9]))
+    kept.write(tmp_path)
+    cell = sweep.Cell("arm", 0, tmp_path, (), {"stage": tmp_path}, ("stage",), "arm")
+    claim = {"measure": "ours", "arm": "arm", direction: "arm", "against": "theirs", "margin": margin}
+    verdict = judge(claim, {"arm": [cell]}, {"ours": {}, "theirs": {}})
+    assert verdict.holds == holds and abs(verdict.figure.mean + 0.5) < 1e-6
+
+
+def test_an_arm_may_do_without_a_value(lit_gen: Command, here: Path, capsys: pytest.CaptureFixture) -> None:
+    text = TOY + OVER.replace("half: {over: [0.0005, 0.05]}", "half: {over: [null, 0.05]}")
+    (here / "arms.yaml").write_text(text)
+    assert [c.arm for c in sweep.read(["arms.yaml"]).cells if c.series == "half"] == ["half, lr 0.1"]
+    (here / "arms.yaml").write_text(text.replace("[null, 0.05]", "[null, null]"))
+    assert lit_gen("sweep", "-c", "arms.yaml") == 2
+    assert "`over` of `half` needs a list of 2" in capsys.readouterr().err
+
+
 def test_an_arm_may_do_without_a_stage(lit_gen: Command, here: Path) -> None:
     without = "    pictures: {stages: {two: null}}\n    only two: {stages: {one: null}}\n"
     (here / "arms.yaml").write_text(TOY + SWEEP.replace("[0, 1, 2]", "[0]").replace("  report:", without + "  report:"))

@@ -183,9 +183,9 @@ class ScoreDistillation(nn.Module):
         return text, classifier_free(null, text, self.score.guidance)
 
     def inject(self, latents: Tensor, gradient: Tensor, t: Tensor) -> Tensor:
-        """A scalar whose gradient with respect to latents is w(t) gradient / B, in float32, not-a-numbers as zero."""
+        """A scalar whose gradient in latents is w(t) gradient / B, in float32; what is not finite is zero."""
         weight = WEIGHTINGS[self.score.weighting](self.schedule.alphas_cumprod[t]).view(-1, *[1] * (latents.ndim - 1))
-        wanted = torch.nan_to_num(weight * gradient.float())
+        wanted = torch.nan_to_num(weight * gradient.float(), nan=0.0, posinf=0.0, neginf=0.0)
         goal = (latents.float() - wanted).detach()
         return 0.5 * (latents.float() - goal).square().sum() / len(latents)
 

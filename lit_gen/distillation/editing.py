@@ -123,8 +123,9 @@ class DualASD(DDS):
             self.target.judge(edit, edit_text, noised) + self.target.judge_real(source, prompts),
             self.origin.judge(kept, kept_text, source) + self.origin.judge_real(noised, from_source),
         ]
-        distance = (edit - edit_text).detach().norm() / edit_text.norm().clamp(min=1e-12)
-        logs = self.logs(gradient) | {"discriminator distance": distance}
+        pairs = ((edit.detach(), edit_text), (kept.detach(), kept_text))
+        distances = [(fake - text).norm() / text.norm().clamp(min=1e-12) for fake, text in pairs]
+        logs = self.logs(gradient) | {"discriminator distance": torch.stack(distances).max()}
         return Step(self.inject(latents, gradient, noised.t), torch.stack(losses).sum(), logs)
 
     def _gap(self, player: ASD, noised: Noised, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,13 +12,15 @@ from torch.utils.data import DataLoader
 from lit_gen.callbacks.samples import save
 from lit_gen.diffusion.base import PIPELINE_PARTS, load_base
 from lit_gen.diffusion.objective import Schedule
-from lit_gen.methods.base import Method, Optimizer
+from lit_gen.distillation.method import DistillationMethod
+from lit_gen.methods.base import Optimizer
 from lit_gen.metrics.scores import Scores
 
 _STRIP = 8  # moments kept for the strips over time
+_DRIFT = 100  # steps before the end at which all latents are kept
 
 
-class DistilledPictures(Method):
+class DistilledPictures(DistillationMethod):
     """Latents of pictures that a frozen base is distilled into, all of them in every step. No data is needed.
 
     A subclass sets `latents` (a parameter B ...) and `discriminators`, and says what a step, a validation, `name` and
@@ -27,28 +29,32 @@ class DistilledPictures(Method):
     Args:
         base: Hub id, diffusers folder or single-file checkpoint of the teacher.
         discriminator_lr: learning rate of the discriminators; `optimizer.lr` is that of the pictures.
+        discriminator_weight_decay: of the discriminators.
         oracle: folder of the oracle that judges what is of the world; null for none.
         optimizer: settings of the optimizer.
     """
 
-    told_in_progress = ("train/gradient",)
     latents: nn.Parameter
 
-    def __init__(self, base: str, discriminator_lr: float, oracle: str | None, optimizer: Optimizer) -> None:
-        super().__init__(optimizer)
+    def __init__(
+        self,
+        base: str,
+        discriminator_lr: float,
+        discriminator_weight_decay: float,
+        oracle: str | None,
+        optimizer: Optimizer,
+    ) -> None:
+        super().__init__(discriminator_lr, discriminator_weight_decay, optimizer)
         self.base = load_base(base, parts=PIPELINE_PARTS)
         self.schedule = Schedule(self.base.scheduler)
-        self.discriminator_lr, self._oracle = discriminator_lr, oracle
-        self.discriminators: list[nn.Module] = []
+        self._oracle = oracle
         self.scores = Scores()
         self.strips: list[Tensor] = []
+        self.late: tuple[int, Tensor] | None = None  # step, and the latents before it
+        self._reached = 0  # step of the checkpoint that was loaded
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = [{"params": [self.latents], "lr": self.optimizer_settings.lr}]
-        if self.discriminators:
-            trained = [p for phi in self.discriminators for p in phi.trained()]
-            groups.append({"params": trained, "lr": self.discriminator_lr, "clip_norm": 1.0})
-        return groups
+        return [{"params": [self.latents], "lr": self.optimizer_settings.lr}, *self.discriminator_groups()]
 
     def train_dataloader(self) -> DataLoader:
         """Every step is of all pictures."""
@@ -60,22 +66,40 @@ class DistilledPictures(Method):
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
-    def remember(self, latents: Tensor) -> None:
-        """Keep latents of this step for the strips over time, if it is one of the moments shown."""
-        if self.global_step % max(1, self.trainer.max_steps // _STRIP) == 0:
-            self.strips.append(latents.detach().clone())
+    def remember(self, shown: Tensor) -> None:
+        """Before a step: keep the latents that strips over time show, at eight moments spread evenly over the run, and
+        once all latents, 100 steps before the end (half-way in runs below 200 steps)."""
+        total = self.trainer.estimated_stepping_batches  # max_steps, or what epochs amount to; infinite for no end
+        if total == float("inf"):
+            return
+        moments = sorted({total * k // _STRIP for k in range(_STRIP)})
+        if len(self.strips) < len(moments) and self.global_step >= moments[len(self.strips)]:
+            self.strips.append(shown.detach().clone())
+        if self.global_step == total - min(_DRIFT, total // 2):
+            self.late = (self.global_step, self.latents.detach().clone())
+
+    def drift(self, pictures: Tensor) -> Tensor | None:
+        """How far the pictures (B 3 H W) have moved since the moment that was kept: B, root mean square change of
+        their pixels, in units of their range, per 100 steps. None before that moment."""
+        steps = max(self.global_step, self._reached) - (self.late[0] if self.late else 0)
+        if self.late is None or steps <= 0:
+            return None
+        moved = (pictures - self.pictures(self.late[1].to(pictures.device))) / 2
+        return moved.square().mean((1, 2, 3)).sqrt() * (100 / steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["strips"] = self.strips
+        checkpoint["strips"], checkpoint["late"] = self.strips, self.late
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.strips = list(checkpoint.get("strips", []))
+        self.strips, self.late = list(checkpoint.get("strips", [])), checkpoint.get("late")
+        self._reached = checkpoint.get("global_step", 0)
 
     @torch.no_grad()
-    def pictures(self) -> Tensor:
-        """The pictures B 3 H W in [-1, 1]."""
-        return torch.cat([self.base.decode(part) for part in self.latents.split(32)])
+    def pictures(self, latents: Tensor | None = None) -> Tensor:
+        """The pictures B 3 H W in [-1, 1] of latents B ...; by default those that are trained."""
+        latents = self.latents if latents is None else latents
+        return torch.cat([self.base.decode(part) for part in latents.split(32)])
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig
@@ -44,15 +45,18 @@ class EmbeddingFake(nn.Module):
     def __init__(self, unet: nn.Module, schedule: Schedule, text: Tensor) -> None:
         super().__init__()
         self.__dict__["teacher"] = UNetTeacher(unet, schedule)
-        self.embeddings = nn.Parameter(text.detach().clone().float())
+        self.register_buffer("start", text.detach().clone().float(), False)
+        # What is added to the prompts, so that weight decay leads back to them.
+        self.offsets = nn.Parameter(torch.zeros_like(self.start))
 
     def forward(self, noisy: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
         """Predicted noise B C h w of latents that belong to prompts `prompts.index`."""
         index = torch.zeros(len(noisy), dtype=torch.long) if prompts.index is None else prompts.index
-        return self.teacher(noisy, t, self.embeddings[index.to(noisy.device)])
+        index = index.to(noisy.device)
+        return self.teacher(noisy, t, self.start[index] + self.offsets[index])
 
     def trained(self) -> list[nn.Parameter]:
-        return [self.embeddings]
+        return [self.offsets]
 
 
 class LoRAFake(nn.Module):
@@ -106,20 +110,27 @@ def only_adapter(unet: nn.Module, name: str | None) -> Iterator[None]:
     Which adapter acts is state of the module, so a pass that is recomputed in the backward (gradient checkpointing)
     would be recomputed under another one: do not combine the two.
     """
-    layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
-    trains = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    layers = _tuner_layers(unet)
+    # What peft's own enable_adapters and set_adapter set, without the walk over all parameters in which they freeze
+    # what is switched off: that takes longer than the launch of a small network's kernels.
     for layer in layers:
-        if name is None:
-            layer.enable_adapters(False)
-        else:
-            layer.enable_adapters(True)
-            layer.set_adapter([name])
+        layer._disable_adapters = name is None
+        if name is not None:
+            layer._active_adapter = [name]
     try:
-        for parameter, wanted in trains:  # peft freezes what it switches off
-            parameter.requires_grad_(wanted)
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
-        for parameter, wanted in trains:
-            parameter.requires_grad_(wanted)
+            layer._disable_adapters = False
+
+
+_LAYERS: WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], list[BaseTunerLayer]]] = WeakKeyDictionary()
+
+
+def _tuner_layers(unet: nn.Module) -> list[BaseTunerLayer]:
+    """The layers that hold adapters, looked for again only when an adapter was added."""
+    adapters = tuple(getattr(unet, "peft_config", ()))
+    found = _LAYERS.get(unet)
+    if found is None or found[0] != adapters:
+        found = _LAYERS[unet] = (adapters, [m for m in unet.modules() if isinstance(m, BaseTunerLayer)])
+    return found[1]

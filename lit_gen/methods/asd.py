@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lit_gen.callbacks.samples import contact_sheet
@@ -19,12 +20,11 @@ from lit_gen.distillation.pictures import DistilledPictures
 from lit_gen.distillation.players import UNetTeacher, grow_discriminator
 from lit_gen.distillation.siblings import ASD, SDS, ClassifierSD
 from lit_gen.errors import UserError
-from lit_gen.methods.base import Optimizer
+from lit_gen.methods.base import Optimizer, run_seed
 from lit_gen.metrics.counterparts import WorldPrompts, judge_prompts
 from lit_gen.world.scene import Scenes
 
 Sibling = Literal["asd", "vsd", "sds", "classifier"]
-RUNAWAY = 3.0  # times the teacher's own length that a discriminator may be away from it before we warn
 
 
 class Particles(DistilledPictures):
@@ -44,6 +44,8 @@ class Particles(DistilledPictures):
         discriminator_steps: steps of the discriminator for one of the particles.
         official_v_target: the official code's target for v-predicting bases; for comparison only.
         discriminator_lr: learning rate of the discriminator; `optimizer.lr` is that of the particles.
+        discriminator_weight_decay: decay of the discriminator towards the teacher; with gamma -1 it gives the
+            discriminator's loss a minimum.
         score: guidance, weighting and timesteps.
         space: optimise "latents", or "pixels" through the autoencoder's encoder.
         spread: standard deviation of the particles at the start.
@@ -68,6 +70,7 @@ class Particles(DistilledPictures):
         discriminator_steps: int = 1,
         official_v_target: bool = False,
         discriminator_lr: float = 1e-4,
+        discriminator_weight_decay: float = 0.0,
         score: Score = Score(),
         space: Literal["latents", "pixels"] = "latents",
         spread: float = 1.0,
@@ -76,13 +79,13 @@ class Particles(DistilledPictures):
         compile: Compile | None = None,
         optimizer: Optimizer = Optimizer(lr=0.03, weight_decay=0.0, clip_norm=0.0),
     ) -> None:
-        super().__init__(base, discriminator_lr, oracle, optimizer)
+        super().__init__(base, discriminator_lr, discriminator_weight_decay, oracle, optimizer)
         self.space, self.count, self.truths = space, particles, truths
         self.texts, self.scenes = _read(prompts, world)
         self.register_buffer("text", encode_text(self.base.tokenizer, self.base.text_encoder, self.texts), False)
         self.register_buffer("null", encode_text(self.base.tokenizer, self.base.text_encoder, [negative]), False)
         shape = picture_shape(self.base) if space == "pixels" else latent_shape(self.base)
-        seeds = [hash_of(p, i) for p in range(len(self.texts)) for i in range(particles)]
+        seeds = [hash_of(run_seed(), p, i) for p in range(len(self.texts)) for i in range(particles)]
         self.latents = nn.Parameter(noise_from(seeds, shape, "cpu") * spread)  # P*N ..., prompt-major
         teacher = UNetTeacher(self.base.unet, self.schedule)
         # After the base is frozen: a discriminator's own parameters are trained.
@@ -100,7 +103,6 @@ class Particles(DistilledPictures):
                 every=discriminator_steps,
             )
         self.compiled = compile
-        self._warned = False
 
     def configure_model(self) -> None:
         if self.compiled is not None:
@@ -112,20 +114,10 @@ class Particles(DistilledPictures):
         index = batch // self.count
         prompts = Prompts(self.text[index], self.null.expand(len(index), -1, -1), index=index)
         latents = self.as_latents()
-        self.remember(latents[:: self.count])
+        self.remember(self.latents[:: self.count])
         step = self.distillation(latents, prompts, self.global_step)
         self.log_dict({f"train/{name}": value for name, value in step.logs.items()}, batch_size=len(index))
         return step.total
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        distance = self.trainer.callback_metrics.get("train/discriminator distance")
-        looked_at = self.global_step % max(1, self.trainer.log_every_n_steps) == 0  # reading it waits for the device
-        if distance is not None and looked_at and float(distance) > RUNAWAY and not self._warned:
-            self._warned = True
-            print(
-                f"the discriminator is {float(distance):.1f} times the teacher's length away from it: lower "
-                "discriminator_lr, or take gamma above -1"
-            )
 
     def as_latents(self) -> Tensor:
         """The particles as latents P*N C h w, with gradient."""
@@ -134,11 +126,12 @@ class Particles(DistilledPictures):
         posterior = self.base.vae.encode(self.latents.clamp(-1, 1)).latent_dist
         return (posterior.mean - (self.base.vae.config.shift_factor or 0.0)) * self.base.vae.config.scaling_factor
 
-    def pictures(self) -> Tensor:
-        """The particles as pictures P*N 3 H W in [-1, 1]."""
+    @torch.no_grad()
+    def pictures(self, latents: Tensor | None = None) -> Tensor:
+        """The particles, or others, as pictures P*N 3 H W in [-1, 1]."""
         if self.space == "pixels":
-            return self.latents.detach().clamp(-1, 1)
-        return super().pictures()
+            return (self.latents if latents is None else latents).clamp(-1, 1)
+        return super().pictures(latents)
 
     # -- judgement ----------------------------------------------------------------------------------------------------
 
@@ -150,10 +143,8 @@ class Particles(DistilledPictures):
     def judge(self, pictures: Tensor) -> dict[str, Tensor]:
         """Colours and variety against true pictures of each prompt, and what the oracle reads; means over prompts."""
         found = judge_prompts(pictures, self.scenes.to(self.device), self.truths, self._oracle)
-        if self.strips and self.space == "latents":
-            # root mean square change of a prompt's first particle over the last eighth of the training
-            moved = self.base.decode(self.strips[-1].to(self.device)) - pictures[:: self.count]
-            found["drift"] = moved.square().mean((1, 2, 3)).sqrt()
+        if (drift := self.drift(pictures)) is not None:
+            found["drift"] = drift.unflatten(0, (-1, self.count)).mean(1)
         self.scores.add(self.texts, **{name.replace(" ", "_"): values for name, values in found.items()})
         return {name: values.mean() for name, values in found.items()}
 
@@ -163,8 +154,8 @@ class Particles(DistilledPictures):
         size = max(64, pictures.shape[-1])
         shown = [list(row[:8]) for row in pictures.split(self.count)]
         result = {"particles": contact_sheet(shown, rows=self.texts, size=size)}
-        if self.strips and self.space == "latents":
-            moments = [self.base.decode(latents.to(self.device)).cpu() for latents in self.strips]
+        if self.strips:
+            moments = [self.pictures(latents.to(self.device)).cpu() for latents in self.strips]
             rows = [[moment[p] for moment in moments] for p in range(len(self.texts))]
             result["over time"] = contact_sheet(rows, rows=self.texts, size=size)
         return result

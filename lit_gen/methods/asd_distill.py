@@ -19,11 +19,12 @@ from lit_gen.diffusion.objective import Schedule
 from lit_gen.diffusion.sampling import ddim, guided, noise_from
 from lit_gen.diffusion.text import encode_text
 from lit_gen.distillation.contract import Prompts, Score
+from lit_gen.distillation.method import DistillationMethod
 from lit_gen.distillation.players import UNetTeacher, grow_discriminator
 from lit_gen.distillation.siblings import ASD
 from lit_gen.errors import UserError
 from lit_gen.methods.asd import hash_of, latent_shape
-from lit_gen.methods.base import Method, Optimizer
+from lit_gen.methods.base import Optimizer
 from lit_gen.metrics.agreement import compare
 from lit_gen.metrics.counterparts import WorldPrompts
 from lit_gen.metrics.oracle import bundled
@@ -31,7 +32,7 @@ from lit_gen.metrics.palette import palette_error
 from lit_gen.metrics.scores import Scores
 
 
-class OneStep(Method):
+class OneStep(DistillationMethod):
     """A copy of the base's network that turns noise into a picture of a caption at once.
 
     Batches are {"image": B 3 H W, "caption": list of B}, or from a cache {"posterior": B 2 C h w, "text_states":
@@ -46,6 +47,7 @@ class OneStep(Method):
         eta: weight of the real samples' penalty; below 1 the discriminator's loss has no lower bound.
         rank: of the discriminator's LoRA.
         discriminator_lr: its learning rate; `optimizer.lr` is the generator's.
+        discriminator_weight_decay: its decay towards the teacher.
         score: guidance, weighting and timesteps.
         oracle: folder of the oracle, which reads pictures of the world; null for none.
         teacher_steps: DDIM steps of the teacher's pictures that stand beside the generator's in sheets.
@@ -53,8 +55,6 @@ class OneStep(Method):
         pictures: how many of each.
         optimizer: settings of the optimizer.
     """
-
-    told_in_progress = ("train/gradient",)
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class OneStep(Method):
         eta: float = 1.0,
         rank: int = 16,
         discriminator_lr: float = 1e-3,
+        discriminator_weight_decay: float = 0.0,
         score: Score = Score(guidance=3.0, weighting="uniform"),
         oracle: str | None = None,
         teacher_steps: int = 20,
@@ -72,19 +73,20 @@ class OneStep(Method):
         pictures: int = 4,
         optimizer: Optimizer = Optimizer(lr=1e-4, weight_decay=0.0, clip_norm=1.0),
     ) -> None:
-        super().__init__(optimizer)
+        super().__init__(discriminator_lr, discriminator_weight_decay, optimizer)
         if not 0 < noise_level < 1:
             raise UserError(f"noise_level is {noise_level}; it must lie between 0 and 1")
         self.base = load_base(base, parts=PIPELINE_PARTS)
         self.schedule = Schedule(self.base.scheduler)
         self.generator = copy.deepcopy(self.base.unet).requires_grad_(True).train()  # before it gets an adapter
         self.level = round(noise_level * len(self.schedule))
-        self.discriminator_lr, self._oracle = discriminator_lr, oracle
+        self._oracle = oracle
         self.teacher_steps, self.guidance = teacher_steps, score.guidance
         self.prompts = prompts or [caption.text for caption in WorldPrompts(6).draw()[0]]
         self.count = pictures
         self.register_buffer("null", self._states([negative]), False)
         fake = grow_discriminator("lora", self.base.unet, self.schedule, self.null, rank)
+        self.discriminators = [fake]
         self.distillation = ASD(UNetTeacher(self.base.unet, self.schedule), self.schedule, score, fake, gamma, eta)
         self.scores = Scores()
         self._shown: list[str] = []
@@ -94,9 +96,7 @@ class OneStep(Method):
         return encode_text(self.base.tokenizer, self.base.text_encoder, texts)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        players = [{"params": [*self.generator.parameters()]}]
-        trained = self.distillation.fake.trained()
-        return [*players, {"params": trained, "lr": self.discriminator_lr, "clip_norm": 1.0}]
+        return [{"params": [*self.generator.parameters()]}, *self.discriminator_groups()]
 
     # -- the generator ------------------------------------------------------------------------------------------------
 

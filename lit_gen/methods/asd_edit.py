@@ -62,6 +62,7 @@ class Edits(DistilledPictures):
         gamma: of asd, see lit_gen.distillation.siblings.ASD.
         eta: of asd, weight of the real samples' penalty.
         discriminator_lr: learning rate of the discriminators.
+        discriminator_weight_decay: decay of the discriminators towards the teacher.
         contrast_weight: of cds (official code 3).
         score: guidance, weighting and timesteps.
         oracle: folder of the oracle that judges edits of the world; null for none.
@@ -80,12 +81,13 @@ class Edits(DistilledPictures):
         gamma: float = -1.0,
         eta: float = 0.5,
         discriminator_lr: float = 1e-4,
+        discriminator_weight_decay: float = 0.0,
         contrast_weight: float = 3.0,
         score: Score = Score(guidance=7.5, weighting="uniform", timesteps=Timesteps(low=0.05, high=0.95)),
         oracle: str | None = None,
         optimizer: Optimizer = Optimizer(lr=0.05, betas=(0.0, 0.99), weight_decay=0.0, clip_norm=0.0),
     ) -> None:
-        super().__init__(base, discriminator_lr, oracle, optimizer)
+        super().__init__(base, discriminator_lr, discriminator_weight_decay, oracle, optimizer)
         self.truth: Tensor | None = None
         if edits is None:
             self.prompts, self.targets, before, self.after, self.changed = world.draw()

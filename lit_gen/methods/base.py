@@ -53,6 +53,11 @@ class Optimizer:
         return 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
 
 
+def run_seed() -> int:
+    """The run's `seed_everything`."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
 class Method(L.LightningModule):
     """Base class of all methods.
 
@@ -123,7 +128,7 @@ class Method(L.LightningModule):
 
     def seed_step(self, purpose: Literal["fit", "validate", "predict"], step: int) -> None:
         """Seed torch, random and numpy from (seed, purpose, rank, step)."""
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        seed = run_seed()
         salt = {"fit": 1, "validate": 2, "predict": 3}[purpose]
         mixed = (seed * 0x9E3779B97F4A7C15 + salt * 0xBF58476D1CE4E5B9 + step * 0x94D049BB133111EB) & (2**64 - 1)
         mixed = (mixed + self.global_rank * 0xD6E8FEB86659FD93) & (2**63 - 1)

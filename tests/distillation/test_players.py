@@ -78,6 +78,35 @@ def test_only_the_discriminator_and_the_generator_get_gradients(base: Base, prom
     assert {id(p) for p in base.parameters() if p.requires_grad} - own == {id(p) for p in other.trained()}
 
 
+def test_switching_adapters_touches_no_requires_grad(base: Base, prompts: Prompts) -> None:
+    """An adapter acts only in its own discriminator's passes; one that is added later is found, and what is trained
+    stays so within the passes too."""
+    schedule, x, t = Schedule(base.scheduler), latents(base), torch.tensor([100, 900])
+    teacher, first = UNetTeacher(base.unet, schedule), LoRAFake(base.unet, schedule, rank=2)
+    plain = teacher(x, t, prompts.target)
+    first(x, t, prompts)  # its layers are known now
+    second = LoRAFake(base.unet, schedule, rank=2)
+    with torch.no_grad():
+        for fake in (first, second):
+            for parameter in fake.trained():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    trained = {id(p) for fake in (first, second) for p in fake.trained()}
+
+    def check(*_) -> None:
+        assert {id(p) for p in base.unet.parameters() if p.requires_grad} == trained
+
+    base.unet.register_forward_hook(check)
+    for fake in (first, second):
+        once = fake(x, t, prompts)
+        assert torch.equal(teacher(x, t, prompts.target), plain) and not torch.allclose(once, plain, atol=1e-3)
+        base.unet.enable_adapters()
+        base.unet.set_adapter(fake.name)  # as peft does it itself, and freezes the others
+        assert torch.equal(base.unet.forward(x, t, prompts.target).sample, once)
+        for parameter in [*first.trained(), *second.trained()]:
+            parameter.requires_grad_(True)
+    check()
+
+
 def count_passes(unet: nn.Module) -> list[tuple[int, bool]]:
     """Batch size and whether gradients were recorded, of each coming pass of the UNet."""
     seen: list[tuple[int, bool]] = []

@@ -117,6 +117,14 @@ def test_asd_is_vsd_at_a_smaller_guidance(lam: float, gamma: float, effective: f
     assert torch.allclose(ours, theirs / (1 + gamma), rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_not_finite_moves_nothing() -> None:
+    z, t = points(), torch.full((COUNT,), 500)
+    wanted = torch.ones(COUNT, 2)
+    wanted[:3, 0] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    given = torch.autograd.grad(SDS(Mixture(OVER), OVER, Score(weighting="uniform")).inject(z, wanted, t), z)[0] * COUNT
+    assert (given[:3, 0] == 0).all() and torch.allclose(given[3:], torch.ones(COUNT - 3, 2), atol=1e-5)
+
+
 def test_passes_of_the_teacher() -> None:
     """No more than a method needs: e_0 only with guidance, e_y once, nothing for a discriminator's own turn."""
     wavy = Told(lambda noisy, t: noisy.sin())

@@ -44,6 +44,16 @@ def test_a_run_moves_the_pictures_and_draws_them(lit_gen: Command, tiny_base: Pa
     assert len(json.loads(Path("runs/x/scores.json").read_text())["psnr"]) == 3
 
 
+def test_a_discriminator_that_runs_away_is_told_once(
+    lit_gen: Command, tiny_base: Path, here: Path, capsys: pytest.CaptureFixture
+) -> None:
+    wild = settings(tiny_base, discriminator_lr=10.0)
+    wild["trainer"] |= {"max_steps": 6, "val_check_interval": 6, "log_every_n_steps": 1}
+    (here / "x.yaml").write_text(yaml.safe_dump(wild))
+    assert lit_gen("fit", "-c", "x.yaml") == 0
+    assert capsys.readouterr().out.count("times the teacher's length away") == 1
+
+
 def test_an_edit_of_nothing_moves_nothing(tiny_base: Path, here: Path) -> None:
     """Delta denoising asks for no change where both prompts are the same, and momentum descent then makes none."""
     save(here / "a", render(WorldEdits(1).draw()[2]).rgb[0] * 2 - 1)
