@@ -56,9 +56,10 @@ class StyleCrafter(Method):
         style_weight: strength of the style, lambda.
         drop_style: share of training samples that get no style; the paper drops none.
         decoupled: the reference is another view of the picture; false makes it the picture (the paper's ablation).
-        timestep_bias: timesteps are drawn with a density proportional to t to this power; the paper's 0 is uniform.
-        error_of: what the squared error is of: the "noise", as in the paper, or the "clean" latent that the predicted
-            noise implies. The colours of a small picture show through all but the strongest noise, so there the paper's
+        timestep_bias: timesteps of pictures are drawn with a density proportional to t to this power; the paper's 0 is
+            uniform, and clips always have that.
+        error_of: what the squared error of pictures is of: the "noise" (or velocity) that the base predicts, as in the
+            paper and always for clips; or the "clean" latent that the prediction implies. The colours of a small picture show through all but the strongest noise, so there the paper's
             loss learns little from the reference (ours: bias 2 and "clean" find the style in a tenth of the steps).
         style_zoom: short side of the picture a clip's reference is cropped from, in units of the clip's size.
         negative: the prompt of the unconditional term; SDXL's released code has "monochrome, lowres, bad anatomy, ...".
@@ -236,12 +237,14 @@ class StyleCrafter(Method):
             # A clip of one frame: temporal attention then sees only itself, the identity mask of the paper's code.
             latents = latents[:, None]
         noise = torch.randn_like(latents)
-        t = self.schedule.sample_timesteps(len(latents), latents.device, self.timestep_bias)
+        # The two settings make pictures teach the style; clips teach motion, alone or beside pictures in stage "joint".
+        bias, error_of = (0.0, "noise") if "video" in batch else (self.timestep_bias, self.error_of)
+        t = self.schedule.sample_timesteps(len(latents), latents.device, bias)
         if self.drop_style > 0:
             style.mask = (torch.rand(len(text), device=latents.device) >= self.drop_style).to(style.scale.dtype)
         output = self.network(self.schedule.add_noise(latents, noise, t), t, text, style)
         error = self.schedule.loss(output, latents, noise, t)
-        return error * self.schedule.clean_weight(t) if self.error_of == "clean" else error
+        return error * self.schedule.clean_weight(t) if error_of == "clean" else error
 
     def references(self, batch: dict[str, Any]) -> Tensor:
         """The pictures B 3 h w that the samples of a training batch are to learn their style from: themselves."""
