@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import lightning.pytorch as L
 import pytest
 import torch
@@ -6,8 +8,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+from lit_gen import sweep
 from lit_gen.callbacks.samples import Samples
 from lit_gen.data.facts import facts_from_scenes
+from lit_gen.data.sets import SetFile
 from lit_gen.data.styled import strip_style
 from lit_gen.diffusion.compile import Compile
 from lit_gen.diffusion.style_adapter import Adapter
@@ -23,6 +27,7 @@ from lit_gen.metrics.oracle import Oracle
 from lit_gen.world.grammar import captions
 from lit_gen.world.sampling import sample
 
+ROOT = Path(__file__).parents[2]
 FAST = Sampling(steps=2, eta=0.0, text_scale=3.0, style_scale=2.0)
 
 
@@ -283,6 +288,15 @@ def test_every_test_sample_is_scored_by_itself(tiny_base, tmp_path, oracle, stag
         words = found["style error, base with style words"]
         assert means["base with style words/style error"] == pytest.approx(sum(words.values()) / 4, abs=1e-5)
         assert found["style error"] != words
+
+
+def test_every_arm_of_the_ablation_tests_the_same_clips_and_all_of_them(here):
+    cells = sweep.read([str(ROOT / "experiments" / "stylecrafter_ablation.yaml")]).cells
+    runs = {c.arm: r.settings.data for c in cells for r in c.runs if r.folder.name == "temporal"}
+    assert runs.keys() == {"full", "no temporal finetune", "joint training"}
+    for settings in runs.values():
+        videos = settings["data"]["init_args"]["videos"]["init_args"]
+        assert SetFile.read(ROOT / videos["test"]).count == 128 and "limit_test_batches" not in settings["trainer"]
 
 
 def test_values_of_single_pictures_against_plain_loops():
