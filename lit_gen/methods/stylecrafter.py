@@ -59,8 +59,9 @@ class StyleCrafter(Method):
         timestep_bias: timesteps of pictures are drawn with a density proportional to t to this power; the paper's 0 is
             uniform, and clips always have that.
         error_of: what the squared error of pictures is of: the "noise" (or velocity) that the base predicts, as in the
-            paper and always for clips; or the "clean" latent that the prediction implies. The colours of a small picture show through all but the strongest noise, so there the paper's
-            loss learns little from the reference (ours: bias 2 and "clean" find the style in a tenth of the steps).
+            paper and always for clips; or the "clean" latent that the prediction implies. The colours of a small
+            picture show through all but the strongest noise, so there the paper's loss learns little from the reference
+            (ours: bias 2 and "clean" find the style in a tenth of the steps).
         style_zoom: short side of the picture a clip's reference is cropped from, in units of the clip's size.
         negative: the prompt of the unconditional term; SDXL's released code has "monochrome, lowres, bad anatomy, ...".
         image_sampling: how pictures are drawn.
@@ -121,7 +122,7 @@ class StyleCrafter(Method):
         self.frames = frames or (1 if stage == "adapter" else 8)
         self.export_released, self.temporal_lr, self.compiled = export_released, temporal_lr, compile
         self.base = _load(base, stage, motion, image_encoder, config, temporal_weights)
-        self.downscale = 2 ** (len(self.base.vae.config.block_out_channels) - 1)  # pixels of a latent
+        self.downscale = self.base.downscale
         for how in (image_sampling, video_sampling):
             if how.size is not None and any(side <= 0 or side % self.downscale for side in how.size):
                 raise UserError(f"sampling.size {list(how.size)}: base {base!r} draws multiples of {self.downscale}")
