@@ -130,7 +130,7 @@ def contact_sheet(
 
 
 def _fit(picture: Tensor, height: int, width: int, frames: int) -> Tensor:
-    """F 3 height width of a picture or clip, with white around another shape; shorter clips stop at their last frame."""
+    """F 3 height width of a picture or clip, white around another shape; shorter clips stop at their last frame."""
     clip = picture.detach().float().cpu()
     clip = clip[None] if clip.ndim == 3 else clip
     scale = min(height / clip.shape[-2], width / clip.shape[-1])

@@ -38,6 +38,7 @@ class Base(nn.Module):
     def __init__(self, path: str, parts: dict[str, Any]) -> None:
         super().__init__()
         self.path = path
+        self.fingerprint: str | None = None  # of the UNet as it was loaded, where its precision is another since
         self.tokenizer = parts.get("tokenizer")
         self.text_encoder = parts.get("text_encoder")
         self.tokenizer_2 = parts.get("tokenizer_2")
