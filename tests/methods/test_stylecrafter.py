@@ -1,3 +1,5 @@
+import os
+import socket
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -336,3 +338,30 @@ def test_validation_prompts_never_tell_the_style():
     assert plain != told and plain == plain_prompts(batch | {"caption": plain})
     untold = plain_prompts({"caption": ["a painting of a dog", "a dog"], "facts": [{}, {}]})
     assert untold == ["a dog", "a dog"]
+
+
+def one_rank(rank, base, oracle, folder, port):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    batch = world("styled-motion", 3, frames=3)
+    if rank:
+        batch["valid"] = torch.zeros(3, dtype=torch.bool)
+    quiet = dict(logger=False, callbacks=[], enable_checkpointing=False, strategy="ddp", devices=2)
+    run = trainer(folder, **quiet)
+    (means,) = run.validate(method(base, "temporal", oracle=oracle), loader(batch), verbose=False)
+    torch.save(means, f"{folder}/rank-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_rank_that_has_only_fillers_leaves_nobody_waiting(tiny_base, tmp_path, oracle):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(one_rank, (str(tiny_base), oracle, str(tmp_path), port), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    quiet = dict(logger=False, callbacks=[], enable_checkpointing=False)
+    model = method(tiny_base, "temporal", oracle=oracle)
+    (alone,) = trainer(tmp_path, **quiet).validate(model, loader(world("styled-motion", 3, frames=3)), verbose=False)
+    assert {"validation loss", "clips/motion accuracy"} <= alone.keys()
+    for means in ranks:
+        assert means == pytest.approx(alone, rel=1e-4, abs=1e-5)
