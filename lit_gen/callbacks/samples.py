@@ -107,33 +107,39 @@ def contact_sheet(
         cells: rows of equally many pictures or clips in [-1, 1]; pictures among clips stand still.
         columns: a text above each column.
         rows: a picture or a text before each row.
-        size: pixels of a cell, height and width.
+        size: pixels of a cell's shorter side; its shape is that of the first picture.
 
     Returns:
         One picture 3 H W, or one clip F 3 H W if any cell is a clip.
     """
     frames = max((cell.shape[0] for row in cells for cell in row if cell.ndim == 4), default=1)
-    grid = [[_fit(cell, size, frames) for cell in row] for row in cells]
+    own_height, own_width = cells[0][0].shape[-2:]
+    height, width = (round(size * side / min(own_height, own_width)) for side in (own_height, own_width))
+    grid = [[_fit(cell, height, width, frames) for cell in row] for row in cells]
     if rows:
-        heads = [_words(r, size, size) if isinstance(r, str) else r for r in rows]
-        grid = [[_fit(head, size, frames), *row] for head, row in zip(heads, grid, strict=True)]
+        heads = [_words(r, width, height) if isinstance(r, str) else r for r in rows]
+        grid = [[_fit(head, height, width, frames), *row] for head, row in zip(heads, grid, strict=True)]
     lines = [torch.cat([F.pad(cell, (0, GAP, 0, GAP), value=1.0) for cell in row], dim=-1) for row in grid]
     if columns:
         titles = [*([""] if rows else []), *columns]
-        height = max(_text_height(title, size) for title in titles)
-        line = torch.cat([F.pad(_words(title, size, height), (0, GAP, 0, GAP), value=1.0) for title in titles], dim=-1)
+        above = max(_text_height(title, width) for title in titles)
+        line = torch.cat([F.pad(_words(title, width, above), (0, GAP, 0, GAP), value=1.0) for title in titles], dim=-1)
         lines.insert(0, line.expand(frames, -1, -1, -1))
     sheet = torch.cat(lines, dim=-2)
     return sheet if any(cell.ndim == 4 for row in cells for cell in row) else sheet[0]
 
 
-def _fit(picture: Tensor, size: int, frames: int) -> Tensor:
-    """F 3 size size of a picture or clip; shorter clips stop at their last frame."""
+def _fit(picture: Tensor, height: int, width: int, frames: int) -> Tensor:
+    """F 3 height width of a picture or clip, white around another shape; shorter clips stop at their last frame."""
     clip = picture.detach().float().cpu()
     clip = clip[None] if clip.ndim == 3 else clip
+    scale = min(height / clip.shape[-2], width / clip.shape[-1])
+    inner = [min(max(round(scale * own), 1), most) for own, most in zip(clip.shape[-2:], (height, width), strict=True)]
     # Small pictures are enlarged by whole pixels, so that one sees what the model made.
-    mode = "nearest" if size % clip.shape[-1] == 0 else "bilinear"
-    clip = F.interpolate(clip, (size, size), mode=mode)
+    how: dict[str, Any] = {"mode": "nearest"} if scale == int(scale) else {"mode": "bilinear", "antialias": True}
+    clip = F.interpolate(clip, inner, **how)
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    clip = F.pad(clip, (left, width - inner[1] - left, top, height - inner[0] - top), value=1.0)
     return torch.cat([clip, clip[-1:].expand(frames - len(clip), -1, -1, -1)])
 
 

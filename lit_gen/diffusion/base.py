@@ -16,7 +16,8 @@ from lit_gen.errors import UserError
 
 PIPELINE_PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 SINGLE_FILES = (".safetensors", ".ckpt")
-AT_ONCE = 64  # images that are encoded at a time
+# Images that go through the autoencoder at a time; at 512 x 512, where its activations are 1 GB an image, fewer.
+AT_ONCE, PIXELS_AT_ONCE = 64, 16 * 512 * 512
 VIDEOCRAFTER_CONFIG = "stabilityai/stable-diffusion-2-1-base"
 TRANSFORMERS = {
     "text_encoder": "CLIPTextModel",
@@ -37,6 +38,7 @@ class Base(nn.Module):
     def __init__(self, path: str, parts: dict[str, Any]) -> None:
         super().__init__()
         self.path = path
+        self.fingerprint: str | None = None  # of the UNet as it was loaded, where its precision is another since
         self.tokenizer = parts.get("tokenizer")
         self.text_encoder = parts.get("text_encoder")
         self.tokenizer_2 = parts.get("tokenizer_2")
@@ -77,8 +79,12 @@ class Base(nn.Module):
         """Height and width in pixels of the pictures the base was made for."""
         latent = self.unet.config.sample_size
         height, width = (latent, latent) if isinstance(latent, int) else latent
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return height * factor, width * factor
+        return height * self.downscale, width * self.downscale
+
+    @property
+    def downscale(self) -> int:
+        """Pixels, a side, of a latent."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images B 3 H W in [-1, 1] to scaled latents B C h w, drawn from the encoder's posterior."""
@@ -88,7 +94,8 @@ class Base(nn.Module):
     def posterior(self, images: Tensor) -> Tensor:
         """Images B 3 H W in [-1, 1] to the mean and standard deviation of their unscaled latents, B 2 C h w."""
         with self._own_precision():
-            found = [self.vae.encode(part).latent_dist for part in images.to(self.vae.dtype).split(AT_ONCE)]
+            parts = images.to(self.vae.dtype).split(_at_once(*images.shape[-2:]))
+            found = [self.vae.encode(part).latent_dist for part in parts]
         return torch.cat([torch.stack([part.mean, part.std], 1) for part in found])
 
     def draw(self, posterior: Tensor) -> Tensor:
@@ -101,12 +108,18 @@ class Base(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents B C h w to images B 3 H W in [-1, 1]."""
         latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        height, width = (side * self.downscale for side in latents.shape[-2:])
         with self._own_precision():
-            return self.vae.decode(latents.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+            parts = latents.to(self.vae.dtype).split(_at_once(height, width))
+            return torch.cat([self.vae.decode(part).sample.float().clamp(-1, 1) for part in parts])
 
     def _own_precision(self) -> torch.autocast:
         # Autoencoders lose detail, and Stable Diffusion's overflows, in the half precision of mixed training.
         return torch.autocast(self.vae.device.type, enabled=False)
+
+
+def _at_once(height: int, width: int) -> int:
+    return min(AT_ONCE, max(PIXELS_AT_ONCE // (height * width), 1))
 
 
 def load_base(

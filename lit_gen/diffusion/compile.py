@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,3 +37,10 @@ class Compile:
         for part in parts:
             if part._compiled_call_impl is None:
                 part.compile(backend=self.backend, mode=self.mode, options=self.options, dynamic=False)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within, compiled networks run as they were written, so that a new shape is not compiled."""
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -48,8 +48,13 @@ class Schedule(nn.Module):
         return t.long().clamp(max=len(self) - 1)
 
     def clean_weight(self, t: Tensor) -> Tensor:
-        """What turns the squared error of eps at timesteps t [B] into that of z_0: 1 / SNR, here at most 200."""
+        """What turns the squared error of the network's output at timesteps t [B] into that of z_0.
+
+        1 / SNR where the output is eps, here at most 200; 1 - abar where it is v.
+        """
         abar = self.alphas_cumprod[t]
+        if self.prediction == "v_prediction":
+            return 1 - abar
         return 1 / (abar / (1 - abar) + 0.005)
 
     def _coefficients(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from lit_gen.data.facts import scenes_from_facts
 from lit_gen.data.styled import strip_style
 from lit_gen.metrics.agreement import compare
 from lit_gen.metrics.prompt import ContentAccuracy, LeakRate
 from lit_gen.metrics.reading import Reading
-from lit_gen.metrics.style import StyleError
 from lit_gen.metrics.video import Flicker, MotionAccuracy, flicker
 from lit_gen.world import grammar
 from lit_gen.world.scene import Scenes
@@ -117,21 +117,23 @@ class PictureScores(nn.Module):
 
     def __init__(self, oracle: str) -> None:
         super().__init__()
-        self.style, self.leak = StyleError(oracle), LeakRate(oracle)
+        # A mean, not the metric that keeps all readings: a rank without any could not be gathered from.
+        self.style, self.leak = MeanMetric(), LeakRate(oracle)
         self.content = ContentAccuracy(oracle, CONTENT)
 
     def update(self, pictures: Tensor, scenes: Scenes, references: Scenes) -> Values:
         """pictures B 3 H W; scenes of the prompts, and of the references, whose style is the wanted one."""
-        reading = self.style.read(pictures)
-        self.style.update(reading, references.style_parameters)
+        reading = self.content.read(pictures)
         self.content.update(reading, scenes)
         self.leak.update(reading, scenes, references)
-        return values_of(reading, scenes, references)
+        values = values_of(reading, scenes, references)
+        self.style.update(values["style error"])
+        return values
 
     def compute(self) -> dict[str, Tensor]:
         """Scalars by name; forgets what was seen."""
         scores = {
-            "style error": self.style.compute()["error"],
+            "style error": self.style.compute(),
             "content accuracy": self.content.compute(),
             "leak rate": self.leak.compute(),
         }
@@ -177,9 +179,11 @@ class ClipScores(nn.Module):
         """Scalars by name; forgets what was seen."""
         real, generated = self.real_flicker.compute(), self.flicker.compute()
         scores = {"flicker": generated, "flicker, times real": generated / real}
-        if self.motion is not None and self.motion.update_called:
-            scores["motion accuracy"] = self.motion.compute()["motion"]
-            scores |= self.pictures.compute()
+        if self.motion is not None:
+            # Over all ranks: one may have seen nothing, and the others wait for its part.
+            right = self.motion.compute()["motion"]
+            if not right.isnan():
+                scores |= {"motion accuracy": right, **self.pictures.compute()}
         for metric in (self.flicker, self.real_flicker, self.motion):
             if metric is not None:
                 metric.reset()

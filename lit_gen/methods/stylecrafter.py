@@ -8,6 +8,7 @@ styled clips stay steady although no styled clip was ever seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +19,7 @@ from torch.utils.data import DataLoader
 from lit_gen.callbacks.samples import save
 from lit_gen.data.styled import strip_style
 from lit_gen.diffusion.attention import Style
-from lit_gen.diffusion.base import PIPELINE_PARTS, Base, load_base
-from lit_gen.diffusion.compile import Compile
-from lit_gen.diffusion.image_prompt import encode_image
+from lit_gen.diffusion.compile import Compile, uncompiled
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.diffusion.sampling import ddim, noise_from
 from lit_gen.diffusion.style_adapter import Adapter, StyleAdapter
@@ -29,8 +28,10 @@ from lit_gen.diffusion.text import TextCondition
 from lit_gen.diffusion.videocrafter import TemporalLayers
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Method, Optimizer
+from lit_gen.methods.stylecrafter_base import keep_frozen_in, load
 from lit_gen.methods.stylecrafter_files import load_adapter, save_all, size_of
 from lit_gen.methods.stylecrafter_judgement import Judgement, random_view, real_samples, seed_of
+from lit_gen.methods.stylecrafter_references import Pictures, References, read
 from lit_gen.methods.stylecrafter_requests import Request, read_requests, sheets
 from lit_gen.methods.stylecrafter_sampling import Sampling, guided
 from lit_gen.methods.stylecrafter_weights import read_temporal
@@ -56,10 +57,12 @@ class StyleCrafter(Method):
         style_weight: strength of the style, lambda.
         drop_style: share of training samples that get no style; the paper drops none.
         decoupled: the reference is another view of the picture; false makes it the picture (the paper's ablation).
-        timestep_bias: timesteps are drawn with a density proportional to t to this power; the paper's 0 is uniform.
-        error_of: what the squared error is of: the "noise", as in the paper, or the "clean" latent that the predicted
-            noise implies. The colours of a small picture show through all but the strongest noise, so there the paper's
-            loss learns little from the reference (ours: bias 2 and "clean" find the style in a tenth of the steps).
+        timestep_bias: timesteps of pictures are drawn with a density proportional to t to this power; the paper's 0 is
+            uniform, and clips always have that.
+        error_of: what the squared error of pictures is of: the "noise" (or velocity) that the base predicts, as in the
+            paper and always for clips; or the "clean" latent that the prediction implies. The colours of a small
+            picture show through all but the strongest noise, so there the paper's loss learns little from the reference
+            (ours: bias 2 and "clean" find the style in a tenth of the steps).
         style_zoom: short side of the picture a clip's reference is cropped from, in units of the clip's size.
         negative: the prompt of the unconditional term; SDXL's released code has "monochrome, lowres, bad anatomy, ...".
         image_sampling: how pictures are drawn.
@@ -72,7 +75,9 @@ class StyleCrafter(Method):
         frames: clip length in `predict`; 1 draws pictures. By default pictures after "adapter", 8 after "temporal".
         export_released: `export` also writes the weights in the layout of the released files.
         temporal_lr: peak learning rate of the motion modules in stage "joint"; by default the optimizer's.
-        compile: compile the network for training; null does not.
+        frozen_dtype: precision that the frozen UNet and encoders are kept in. "bfloat16" with `precision: bf16-mixed`
+            saves the casts of every step and memory; what is trained stays float32.
+        compile: compile the network for training; null does not. Samples are drawn, and validated, without.
         checkpointing: compute activations of the network again in the backward pass instead of keeping them: slower,
             less memory.
         optimizer: settings of the optimizer.
@@ -104,6 +109,7 @@ class StyleCrafter(Method):
         frames: int | None = None,
         export_released: bool = False,
         temporal_lr: float | None = None,
+        frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         compile: Compile | None = None,
         checkpointing: bool = False,
         optimizer: Optimizer = Optimizer(),
@@ -119,8 +125,9 @@ class StyleCrafter(Method):
         self.prompts, self.styles, self.pairs = prompts or [], styles or [], pairs
         self.frames = frames or (1 if stage == "adapter" else 8)
         self.export_released, self.temporal_lr, self.compiled = export_released, temporal_lr, compile
-        self.base = _load(base, stage, motion, image_encoder, config, temporal_weights)
-        self.downscale = 2 ** (len(self.base.vae.config.block_out_channels) - 1)  # pixels of a latent
+        self.frozen_dtype = frozen_dtype
+        self.base = load(base, stage, motion, image_encoder, config, temporal_weights)
+        self.downscale = self.base.downscale
         for how in (image_sampling, video_sampling):
             if how.size is not None and any(side <= 0 or side % self.downscale for side in how.size):
                 raise UserError(f"sampling.size {list(how.size)}: base {base!r} draws multiples of {self.downscale}")
@@ -144,6 +151,8 @@ class StyleCrafter(Method):
             self.base.motion_adapter = None  # its layers now belong to the motion UNet
             for modules in motion_modules(self.motion_unet):
                 modules.requires_grad_(True)
+        if frozen_dtype == "bfloat16":
+            keep_frozen_in(torch.bfloat16, self.base, self.motion_unet)
         self.judgement = Judgement(stage, oracle)
         self._shown: dict[str, Tensor] = {}
         self._drawn: list[tuple[Request, list[Tensor]]] = []
@@ -158,6 +167,10 @@ class StyleCrafter(Method):
         if self.compiled is not None:
             self.compiled.apply(network)
 
+    def uncompiled(self) -> AbstractContextManager[None]:
+        """Within, nothing is compiled: each new shape would be, for minutes, and what is drawn has many."""
+        return nullcontext() if self.compiled is None else uncompiled()
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         if self.stage != "joint":
             return super().parameter_groups()
@@ -171,49 +184,40 @@ class StyleCrafter(Method):
         """What the UNet is told of B prompts, for pictures of some size (height, width in pixels)."""
         return self.base.text_condition(prompts, strict, size)
 
-    def style(self, references: Tensor | Sequence[Tensor], text: TextCondition, mask: Tensor | None = None) -> Style:
+    def read(self, pictures: Pictures) -> References:
+        """References as `style` wants them: B 3 h w in [-1, 1]; B N 3 h w, N references each; or for each sample its
+        own N 3 h w, where N may differ and a sample without any is drawn by the plain base. Order changes nothing."""
+        return read(self.base.image_encoder, self.base.image_processor, pictures, self.adapter_size.image_layer)
+
+    def style(self, references: Pictures | References, text: TextCondition, mask: Tensor | None = None) -> Style:
         """Style condition of B samples.
 
         Args:
-            references: B 3 h w in [-1, 1]; B N 3 h w, N references each; or for each sample its own N 3 h w, where N
-                may differ and a sample without any is drawn by the plain base. Their order changes nothing.
+            references: as of `read`, or what it gave.
             text: of the samples.
             mask: B, 1 styled and 0 the plain base; by default all are styled.
         """
-        if isinstance(references, Tensor) and references.ndim == 4:
-            references = references[:, None]
-        if isinstance(references, Tensor):
-            counts, images = [references.shape[1]] * len(references), references.flatten(0, 1)
-        else:
-            counts, images = [len(own) for own in references], torch.cat(list(references))
-        tokens = encode_image(
-            self.base.image_encoder, self.base.image_processor, images, self.adapter_size.image_layer
-        )  # of all references, one after the other: sum(N) T W
-        padding = None
-        if len(set(counts)) == 1:
-            tokens = tokens.unflatten(0, (len(counts), -1)).flatten(1, 2)  # B (N T) W
-        else:
-            parts = [own.flatten(0, 1) for own in tokens.split(counts)]
-            padding = torch.arange(max(map(len, parts)), device=tokens.device)
-            padding = padding >= torch.tensor([len(own) for own in parts], device=tokens.device)[:, None]
-            tokens = nn.utils.rnn.pad_sequence(parts, batch_first=True)
-        condition = self.adapter(tokens, text.states, self.style_weight, padding)
-        if mask is not None or not all(counts):
-            given = torch.tensor([float(count > 0) for count in counts]).to(condition.scale)
-            condition.mask = given if mask is None else given * mask.to(condition.scale)
+        own = references if isinstance(references, References) else self.read(references)
+        condition = self.adapter(own.tokens, text.states.to(own.tokens.dtype), self.style_weight, own.padding)
+        for switch in (own.given, mask):
+            if switch is not None:
+                on = switch.to(condition.scale)
+                condition.mask = on if condition.mask is None else condition.mask * on
         return condition
 
     def network(self, noisy: Tensor, t: Tensor, text: TextCondition, style: Style | None) -> Tensor:
         """The UNet's output at noisy latents: B C h w through the 2D path, B F C h w through the temporal layers."""
-        if noisy.ndim == 4:
-            given = None if style is None else {"style": style}
-            return self.base.unet(noisy, t, **text.arguments, cross_attention_kwargs=given).sample
-        frames = noisy.shape[1]
-        given = None if style is None else {"style": style.repeat_frames(frames)}
-        text = text.repeat_frames(frames)  # motion UNets want one per frame
-        return self.motion_unet(
-            noisy.transpose(1, 2), t, **text.arguments, cross_attention_kwargs=given
-        ).sample.transpose(1, 2)
+        clips = noisy.ndim == 5
+        if clips:  # motion UNets want the conditions of each frame
+            frames, noisy = noisy.shape[1], noisy.transpose(1, 2)
+            text, style = text.repeat_frames(frames), None if style is None else style.repeat_frames(frames)
+        given = None if style is None else {"style": style}
+        # Whatever the trainer's precision: weights of two precisions meet in layers that want one.
+        mixed = torch.autocast(noisy.device.type, torch.bfloat16) if self.frozen_dtype == "bfloat16" else nullcontext()
+        with mixed:
+            unet = self.motion_unet if clips else self.base.unet
+            output = unet(noisy, t, **text.arguments, cross_attention_kwargs=given).sample
+        return output.transpose(1, 2) if clips else output
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -236,12 +240,14 @@ class StyleCrafter(Method):
             # A clip of one frame: temporal attention then sees only itself, the identity mask of the paper's code.
             latents = latents[:, None]
         noise = torch.randn_like(latents)
-        t = self.schedule.sample_timesteps(len(latents), latents.device, self.timestep_bias)
+        # The two settings make pictures teach the style; clips teach motion, alone or beside pictures in stage "joint".
+        bias, error_of = (0.0, "noise") if "video" in batch else (self.timestep_bias, self.error_of)
+        t = self.schedule.sample_timesteps(len(latents), latents.device, bias)
         if self.drop_style > 0:
             style.mask = (torch.rand(len(text), device=latents.device) >= self.drop_style).to(style.scale.dtype)
         output = self.network(self.schedule.add_noise(latents, noise, t), t, text, style)
         error = self.schedule.loss(output, latents, noise, t)
-        return error * self.schedule.clean_weight(t) if self.error_of == "clean" else error
+        return error * self.schedule.clean_weight(t) if error_of == "clean" else error
 
     def references(self, batch: dict[str, Any]) -> Tensor:
         """The pictures B 3 h w that the samples of a training batch are to learn their style from: themselves."""
@@ -279,7 +285,7 @@ class StyleCrafter(Method):
     def sample(
         self,
         prompts: Sequence[str],
-        references: Tensor | Sequence[Tensor] | None,
+        references: Pictures | References | None,
         seeds: Sequence[int],
         frames: int = 1,
         strict: bool = False,
@@ -289,7 +295,7 @@ class StyleCrafter(Method):
 
         Args:
             prompts: B texts.
-            references: as of `style`, or None for the untouched base.
+            references: as of `style`; None for the untouched base.
             seeds: B numbers that fix the noise of each sample.
             frames: 1 for pictures through the 2D path, more for clips.
             strict: refuse prompts that are too long instead of cutting them.
@@ -305,7 +311,8 @@ class StyleCrafter(Method):
         null = self.text([self.negative], strict, (height, width)).expand(len(text))
         style = None if references is None else self.style(references, text, mask)
         noise = noise_from(list(seeds), shape if frames == 1 else (frames, *shape), text.states.device)
-        latents = ddim(guided(self.network, null, text, style, how), self.schedule, noise, how.steps, how.eta)
+        with self.uncompiled():
+            latents = ddim(guided(self.network, null, text, style, how), self.schedule, noise, how.steps, how.eta)
         pictures = self.base.decode(latents if frames == 1 else latents.flatten(0, 1))
         return pictures if frames == 1 else pictures.unflatten(0, latents.shape[:2])
 
@@ -313,9 +320,13 @@ class StyleCrafter(Method):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         batch, show = real_samples(batch), batch_idx == 0 and not self.trainer.testing
-        if not batch["caption"]:
+        count = len(batch["caption"])
+        with self.uncompiled():
+            loss = self.loss(batch).mean() if count else torch.zeros((), device=self.device)
+        # A rank with nothing but fillers says so, since the others wait for its figure.
+        self.log("validation loss", loss, batch_size=count, sync_dist=True)
+        if not count:
             return
-        self.log("validation loss", self.loss(batch).mean(), batch_size=len(batch["caption"]), sync_dist=True)
         if "video" in batch:
             shown = self.judgement.judge_clips(self, batch, show)
         else:
@@ -359,10 +370,11 @@ class StyleCrafter(Method):
         """All prompts of one style, written to `samples/predict/` of the run folder."""
         texts, drawn = list(request.prompts.values()), []
         together = PICTURES if self.frames == 1 else CLIPS
+        references = self.read(request.references[None].to(self.device))
         for start in range(0, len(texts), together):
             prompts = texts[start : start + together]
-            views = request.references.to(self.device).expand(len(prompts), -1, -1, -1, -1)
-            drawn += self.sample(prompts, views, [seed_of(p) for p in prompts], self.frames, strict=True).cpu()
+            views, seeds = references.expand(len(prompts)), [seed_of(p) for p in prompts]
+            drawn += self.sample(prompts, views, seeds, self.frames, strict=True).cpu()
         for number, sample in zip(request.prompts, drawn, strict=True):
             save(self.predictions / f"{request.name}-{number:02d}", sample)
         self._drawn.append((request, drawn))
@@ -383,28 +395,3 @@ class StyleCrafter(Method):
     def export(self, folder: Path) -> None:
         """Write the adapter to `adapter/`, and after later stages the motion modules to `motion_adapter/`."""
         save_all(folder, self.adapter, self.adapter_size, self.base, self.motion_unet, self.export_released)
-
-
-def _load(
-    base: str, stage: str, motion: str | None, image_encoder: str | None, config: str | None, temporal: str | None
-) -> Base:
-    """The parts of a base that a stage needs.
-
-    Raises:
-        UserError: they are not there, or the stage cannot have this base.
-    """
-    if stage == "adapter" and temporal:
-        raise UserError('model.temporal_weights are of no use in stage "adapter", which has no temporal layers')
-    if motion and temporal:
-        raise UserError("model.motion and model.temporal_weights both say where the temporal layers come from")
-    refusal = UserError(
-        f'base {base!r} is of the SDXL kind, which has no temporal layers: it can only be in stage "adapter"'
-    )
-    if stage != "adapter" and (Path(base) / "text_encoder_2").is_dir():
-        raise refusal
-    moves = stage != "adapter" and not temporal  # else fresh layers take the released weights
-    parts = (*PIPELINE_PARTS, "image_encoder", *(["motion_adapter"] if moves else []))
-    loaded = load_base(base, motion if moves else None, parts, image_encoder=image_encoder, config=config)
-    if stage != "adapter" and loaded.text_encoder_2 is not None:
-        raise refusal
-    return loaded

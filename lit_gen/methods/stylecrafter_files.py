@@ -60,7 +60,7 @@ def save_adapter(folder: Path, adapter: StyleAdapter, size: Adapter, base: Any) 
     config = {
         "_class_name": StyleAdapter.__name__,
         "base": base.path,
-        "base_fingerprint": fingerprint(base.unet),
+        "base_fingerprint": base.fingerprint or fingerprint(base.unet),
         **_fit(adapter, base.unet),
         "size": dataclasses.asdict(size),
     }

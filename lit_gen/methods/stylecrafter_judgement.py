@@ -106,7 +106,8 @@ class Judgement(nn.Module):
 def prompts_in_styles(model: StyleCrafter, prompts: Sequence[str], references: Sequence[Tensor]) -> Tensor:
     """One sheet 3 H W of every prompt (columns) in every style (rows, references 3 h w in front)."""
     seeds = [seed_of(prompt) for prompt in prompts]
-    rows = [list(model.sample(prompts, own.expand(len(prompts), -1, -1, -1), seeds)) for own in references]
+    read = (model.read(own[None]).expand(len(prompts)) for own in references)
+    rows = [list(model.sample(prompts, own, seeds)) for own in read]
     return contact_sheet(rows, prompts, list(references))
 
 

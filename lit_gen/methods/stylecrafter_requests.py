@@ -60,9 +60,9 @@ def read_requests(prompts: Sequence[str], styles: Sequence[str], pairs: str | No
     numbers = {text: i for i, text in enumerate(dict.fromkeys(t for own in wanted.values() for t in own))}
     requests: list[Request] = []
     for files, own in wanted.items():
-        name = base = "+".join(file.stem for file in files)[:80]
-        while name in {request.name for request in requests}:  # pictures of one name in several folders
-            name = f"{base}-{sum(request.name.startswith(base) for request in requests) + 1}"
+        base = "+".join(file.stem for file in files)[:80]
+        taken = {request.name for request in requests}  # by pictures of one name in several folders
+        name = next(n for n in (base, *(f"{base}-{i}" for i in range(2, len(taken) + 2))) if n not in taken)
         pictures = torch.stack([read_picture(file, size) for file in files])
         requests.append(Request(name, pictures, {numbers[text]: text for text in own}))
     return requests

@@ -83,3 +83,19 @@ def test_autoencoder_keeps_its_precision_in_mixed_training(base):
     with torch.autocast("cpu", torch.bfloat16):
         mixed = base.decode(latents)
     assert torch.equal(mixed, base.decode(latents))
+
+
+def test_many_and_large_pictures_go_through_the_autoencoder_in_parts(base, monkeypatch):
+    torch.manual_seed(0)
+    images, latents = torch.rand(5, 3, 64, 64) * 2 - 1, torch.randn(5, 8, 16, 16)
+    whole, drawn = base.posterior(images), base.decode(latents)
+    seen = []
+    for name in ("encode", "decode"):
+        real = getattr(base.vae, name)
+        monkeypatch.setattr(base.vae, name, lambda x, real=real: seen.append(len(x)) or real(x))
+    for limit, value in (("AT_ONCE", 2), ("PIXELS_AT_ONCE", 2 * 64 * 64 + 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"lit_gen.diffusion.base.{limit}", value)
+            torch.testing.assert_close(base.posterior(images), whole, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(base.decode(latents), drawn, atol=1e-5, rtol=1e-4)
+    assert seen == [2, 2, 1] * 4

@@ -87,3 +87,28 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
     together, alone = noise_from([1, 2, 3], (4, 2), "cpu"), noise_from([2], (4, 2), "cpu")
     assert torch.equal(together[1], alone[0])
     assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_clean_weight_gives_the_error_of_the_clean_latent(prediction):
+    schedule = Schedule(scheduler(prediction_type=prediction))
+    clean, noise, output = torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(0)).unbind(0)
+    t = torch.tensor([5, 300, 700, 900])
+    implied, _ = schedule.split(output, schedule.add_noise(clean, noise, t), t)
+    literal = (implied - clean).square().mean(1)
+    weighted = schedule.loss(output, clean, noise, t) * schedule.clean_weight(t)
+    if prediction == "epsilon":  # whose weight has a bound, which the noisiest steps feel
+        snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
+        literal = literal * snr / (snr + 0.005)
+    torch.testing.assert_close(weighted, literal, rtol=1e-3, atol=1e-6)
+    assert schedule.clean_weight(torch.arange(1000)).max() <= (200 if prediction == "epsilon" else 1)
+
+
+def test_timesteps_are_drawn_as_often_as_the_bias_says():
+    schedule = Schedule(scheduler())
+    torch.manual_seed(0)
+    for bias in (0.0, 2.0):
+        t = schedule.sample_timesteps(100_000, "cpu", bias)
+        assert t.min() >= 0 and t.max() <= 999
+        for quarter in (250, 500, 750):  # the integral of a density that goes with t ** bias
+            assert (t < quarter).float().mean() == pytest.approx((quarter / 1000) ** (1 + bias), abs=0.006)

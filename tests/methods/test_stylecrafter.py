@@ -1,3 +1,7 @@
+import os
+import socket
+from pathlib import Path
+
 import lightning.pytorch as L
 import pytest
 import torch
@@ -6,8 +10,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+from lit_gen import sweep
 from lit_gen.callbacks.samples import Samples
 from lit_gen.data.facts import facts_from_scenes
+from lit_gen.data.sets import SetFile
 from lit_gen.data.styled import strip_style
 from lit_gen.diffusion.compile import Compile
 from lit_gen.diffusion.style_adapter import Adapter
@@ -23,6 +29,7 @@ from lit_gen.metrics.oracle import Oracle
 from lit_gen.world.grammar import captions
 from lit_gen.world.sampling import sample
 
+ROOT = Path(__file__).parents[2]
 FAST = Sampling(steps=2, eta=0.0, text_scale=3.0, style_scale=2.0)
 
 
@@ -285,6 +292,15 @@ def test_every_test_sample_is_scored_by_itself(tiny_base, tmp_path, oracle, stag
         assert found["style error"] != words
 
 
+def test_every_arm_of_the_ablation_tests_the_same_clips_and_all_of_them(here):
+    cells = sweep.read([str(ROOT / "experiments" / "stylecrafter_ablation.yaml")]).cells
+    runs = {c.arm: r.settings.data for c in cells for r in c.runs if r.folder.name == "temporal"}
+    assert runs.keys() == {"full", "no temporal finetune", "joint training"}
+    for settings in runs.values():
+        videos = settings["data"]["init_args"]["videos"]["init_args"]
+        assert SetFile.read(ROOT / videos["test"]).count == 128 and "limit_test_batches" not in settings["trainer"]
+
+
 def test_values_of_single_pictures_against_plain_loops():
     scenes = sample("styled", "test", 0, torch.arange(24))
     wanted = scenes[torch.arange(24).roll(5)]
@@ -322,3 +338,30 @@ def test_validation_prompts_never_tell_the_style():
     assert plain != told and plain == plain_prompts(batch | {"caption": plain})
     untold = plain_prompts({"caption": ["a painting of a dog", "a dog"], "facts": [{}, {}]})
     assert untold == ["a dog", "a dog"]
+
+
+def one_rank(rank, base, oracle, folder, port):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    batch = world("styled-motion", 3, frames=3)
+    if rank:
+        batch["valid"] = torch.zeros(3, dtype=torch.bool)
+    quiet = dict(logger=False, callbacks=[], enable_checkpointing=False, strategy="ddp", devices=2)
+    run = trainer(folder, **quiet)
+    (means,) = run.validate(method(base, "temporal", oracle=oracle), loader(batch), verbose=False)
+    torch.save(means, f"{folder}/rank-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_rank_that_has_only_fillers_leaves_nobody_waiting(tiny_base, tmp_path, oracle):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(one_rank, (str(tiny_base), oracle, str(tmp_path), port), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    quiet = dict(logger=False, callbacks=[], enable_checkpointing=False)
+    model = method(tiny_base, "temporal", oracle=oracle)
+    (alone,) = trainer(tmp_path, **quiet).validate(model, loader(world("styled-motion", 3, frames=3)), verbose=False)
+    assert {"validation loss", "clips/motion accuracy"} <= alone.keys()
+    for means in ranks:
+        assert means == pytest.approx(alone, rel=1e-4, abs=1e-5)

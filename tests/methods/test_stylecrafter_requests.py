@@ -1,5 +1,6 @@
 """What StyleCrafter's `predict` is asked for: prompts, styles and tables of both."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,20 @@ def test_prompts_and_styles_from_files_folders_and_a_table(gallery):
     (gallery / "prompts.txt").write_text("a cone\n\na torus\n")
     (gallery / "b" / "pairs.csv").write_text("prompt,style\na disc, one.png ; ../a\na cone,one.png\n")
     found = read_requests(["a ball", "prompts.txt"], ["a", "b/one.png;a/two.png"], "b/pairs.csv", 64)
-    assert [r.name for r in found] == ["one", "two", "one+two", "one+one+two", "one-4"]
+    assert [r.name for r in found] == ["one", "two", "one+two", "one+one+two", "one-2"]
     assert [len(r.references) for r in found] == [1, 1, 2, 3, 1]
     every = {0: "a ball", 1: "a cone", 2: "a torus"}
     assert [r.prompts for r in found] == [every, every, every, {3: "a disc"}, {1: "a cone"}]
     assert found[3].references.shape == (3, 3, 64, 64)
     assert torch.equal(found[3].references[0], found[4].references[0])  # b/one.png
+
+
+def test_every_style_gets_a_name_of_its_own(gallery):
+    for name in ("a/one-2.png", "a/one-3.png", "c/one.png"):
+        (gallery / name).parent.mkdir(exist_ok=True)
+        shutil.copy("a/one.png", name)
+    found = read_requests(["a ball"], ["a/one.png", "a/one-3.png", "b/one.png", "a/one-2.png", "c/one.png"], None, 64)
+    assert [r.name for r in found] == ["one", "one-3", "one-2", "one-2-2", "one-4"]
 
 
 def test_a_sheet_has_references_before_and_prompts_above(gallery):

@@ -171,6 +171,45 @@ def test_joint_training_reaches_adapter_and_motion_modules_with_a_rate_each(tiny
     assert {n.split(".")[0] for n in names} == {"adapter", "motion_unet"}
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@torch.no_grad()
+def test_pictures_have_the_error_of_the_clean_latent_and_clips_the_plain_one(tiny_base, monkeypatch, prediction):
+    ours = method(tiny_base, "joint", timestep_bias=3.0, error_of="clean")
+    plain = method(tiny_base, "joint")
+    for model in (ours, plain):
+        model.schedule.prediction = prediction
+    seen = {}
+    network, posterior = ours.network, ours.base.draw
+
+    def watched(noisy, t, *rest):
+        seen.update(noisy=noisy, t=t, output=network(noisy, t, *rest))
+        return seen["output"]
+
+    def drawn(encoded):
+        seen["clean"] = posterior(encoded)
+        return seen["clean"]
+
+    monkeypatch.setattr(ours, "network", watched)
+    monkeypatch.setattr(ours.base, "draw", drawn)
+
+    def losses(batch):
+        found = []
+        for model in (ours, plain):
+            torch.manual_seed(4)
+            found.append(model.loss(batch))
+        return found
+
+    clips, pictured = {"video": pictures(2, 3), "caption": PROMPTS[:2]}, {"caption": PROMPTS[:2]}
+    assert torch.equal(*losses(clips))
+    biased, uniform = losses(pictured | {"image": pictures(2), "style": pictures(2, seed=1)})
+    clean, _ = ours.schedule.split(seen["output"], seen["noisy"], seen["t"])
+    literal = (clean - seen["clean"][:, None]).square().flatten(1).mean(1)
+    abar = ours.schedule.alphas_cumprod[seen["t"]]
+    bound = 1 / (1 + 0.005 * (1 - abar) / abar) if prediction == "epsilon" else 1.0
+    torch.testing.assert_close(biased, literal * bound, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(biased, uniform)
+
+
 # -- bases and weights ------------------------------------------------------------------------------------------------
 
 
