@@ -136,7 +136,7 @@ class TenKWords(Method):
         return self.log_scale.exp().clamp(max=_MAX_SCALE)
 
     def embed_videos(self, batch: dict[str, Any]) -> Tensor:
-        """f_v B D of "video" B F 3 H W in [-1, 1], or of "frame_features" B F D'."""
+        """f_v B D of "video" B F 3 H W (bytes, or in [-1, 1]), or of "frame_features" B F D'."""
         features = (
             batch["frame_features"] if "frame_features" in batch else self.encode_for_cache(batch)["frame_features"]
         )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from lit_gen.data.decode import encode_video
@@ -213,6 +214,17 @@ def test_it_starts_as_the_image_text_model_that_its_encoders_are(tiny_base: Path
     assert model.video_head.project.weight.grad.any()
     with pytest.raises(UserError, match="share no space"):
         method(tiny_base, aligned=True, width=17)
+
+
+def test_bytes_are_the_pixels_that_they_stand_for(tiny_base: Path) -> None:
+    from lit_gen.data.images import to_tensor
+
+    model = method(tiny_base, video_tower=VideoTower(cells=2)).eval()
+    pixels = np.random.default_rng(0).integers(256, size=(2, 3, 20, 20, 3), dtype=np.uint8)
+    carried = torch.from_numpy(pixels).movedim(-1, -3)
+    found = model.encode_for_cache({"video": carried})["frame_features"]
+    assert torch.equal(found, model.encode_for_cache({"video": to_tensor(pixels)})["frame_features"])
+    assert torch.equal(model.embed_videos({"video": carried}), model.embed_videos({"video": to_tensor(pixels)}))
 
 
 def test_frames_and_time(tiny_base: Path) -> None:
