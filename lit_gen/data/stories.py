@@ -31,8 +31,9 @@ from lit_gen.data.shards import BadSample, ShardSet
 FULL = "full"
 FRAMES = (*VIDEO, "npy")
 _PER_LEVEL = 3  # tellings of a training video at every level but "full"
+_RATE = 30  # frames a second of an ordinary video
 _PARAPHRASES = 2  # of each description that is tested
-_AT_ONCE = 16  # videos rendered together
+_AT_ONCE = 16, 2**24  # videos, and pixels, rendered together
 
 Captions = Literal["levels", "sentences"]
 
@@ -245,10 +246,12 @@ class Stories(Shards):
 
 def rendered(description: SetFile, first: int, last: int, device: str) -> Iterator[dict[str, str | bytes]]:
     """Stories first … last - 1 of a set of the world; `frames` of its file are those of an event."""
-    from lit_gen.world.stories.script import film, sample_script
+    from lit_gen.world.stories.script import MOST, film, sample_script
 
-    for start in range(first, last, _AT_ONCE):
-        numbers = range(start, min(start + _AT_ONCE, last))
+    pixels_each = MOST * description.frames * description.size**2
+    together, ordinary = max(1, min(_AT_ONCE[0], _AT_ONCE[1] // pixels_each)), description.mp4 == "ordinary"
+    for start in range(first, last, together):
+        numbers = range(start, min(start + together, last))
         scripts = [sample_script(description.split, description.seed, number) for number in numbers]
         videos = film(scripts, description.frames, description.size, device)
         for script, video in zip(scripts, videos, strict=True):
@@ -257,7 +260,7 @@ def rendered(description: SetFile, first: int, last: int, device: str) -> Iterat
             story = {"id": script.index, "captions": captions, "truth": script.truth}
             yield {
                 "__key__": f"{script.index:08d}",
-                "mp4": encode_video(pixels),
+                "mp4": encode_video(pixels, _RATE, ordinary=True) if ordinary else encode_video(pixels),
                 "txt": captions[0]["text"].encode(),
                 "json": json.dumps(story, separators=(",", ":")).encode(),
             }
