@@ -314,7 +314,8 @@ class TenKWords(Method):
         if any(not text.strip() for text in self.prompts):
             raise UserError("a --prompt to search for is empty; say what happens in the video")
         place = self.run_dir / "index"
-        self._index = search.Index.open(place, fingerprint_of(self), [Path(folder) for folder in self.folders])
+        model = f"{fingerprint_of(self)} {self.frames} frames"
+        self._index = search.Index.open(place, model, [Path(folder) for folder in self.folders])
         size = self.frame_encoder.size
         return DataLoader(search.NewVideos(self._index, self.frames, size), batch_size=None)
 

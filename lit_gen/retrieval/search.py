@@ -69,18 +69,25 @@ class Index:
         self.features[name], self.stamps[name] = feature, self.files[name]
 
     def leave_out(self, name: str, reason: str) -> None:
+        """A video that cannot be read (any more): what was known of an earlier state of it says nothing of this one."""
         logger.warning("%s left out: %s", name, reason)
         self.bad[name] = reason
+        self.features.pop(name, None)
+        self.stamps.pop(name, None)
 
     def save(self) -> None:
-        """Keep everything, also what other folders gave."""
-        if not self.features:
+        """Keep everything, also what other folders gave.
+
+        Raises:
+            UserError: of the folders asked for now, no video can be read.
+        """
+        if names := list(self.features):
+            about = {"model": self.model, "files": json.dumps([[name, self.stamps[name]] for name in names])}
+            embeddings.write(self.place / _FILE, {"features": torch.stack([self.features[n] for n in names])}, about)
+        if not self.files.keys() & self.features.keys():
             raise UserError(
                 f"none of the {len(self.files)} videos can be read; the first: {next(iter(self.bad.values()))}"
             )
-        names = list(self.features)
-        about = {"model": self.model, "files": json.dumps([[name, self.stamps[name]] for name in names])}
-        embeddings.write(self.place / _FILE, {"features": torch.stack([self.features[n] for n in names])}, about)
 
     def summary(self) -> str:
         known = sum(name in self.features for name in self.files)

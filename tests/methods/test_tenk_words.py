@@ -350,6 +350,12 @@ def test_a_folder_is_indexed_once_and_searched_with_words(
         assert lit_gen(*words, *asked) == 0
     assert "3 videos in the index" in (out := capsys.readouterr().out) and "1 cannot be read" in out
     assert "broken.mp4 left out" in caplog.text
+    (folder / "clip-0.mp4").rename(tmp_path / "kept")
+    (folder / "clip-0.mp4").write_bytes(b"broken since")
+    assert lit_gen(*words, *asked) == 0
+    assert "2 videos in the index" in (out := capsys.readouterr().out) and "2 cannot be read" in out
+    (tmp_path / "kept").replace(folder / "clip-0.mp4")
+    assert lit_gen(*words, *asked) == 0 and "3 videos in the index" in capsys.readouterr().out
     answers = (RUN / "samples/predict/answers.csv").read_text().splitlines()
     assert len(answers) == 5 and answers[1].startswith("a red ball jumps,1,") and "clip-" in answers[1]
     with Image.open(RUN / "samples/predict/answers.png") as sheet:
@@ -363,6 +369,12 @@ def test_a_folder_is_indexed_once_and_searched_with_words(
     os.utime(folder / "clip-1.mp4", (1, 1))
     shutil.copy(folder / "clip-2.mp4", folder / "clip-3.mp4")
     assert lit_gen(*words, *asked) == 0 and len(counted) == 2  # the one that changed, and the new one
+    assert lit_gen(*words, *asked, "--model.init_args.frames", "2") == 0 and len(counted) == 6  # other features
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.mp4").write_bytes(b"nothing")
+    assert lit_gen(*words[:-1], tmp_path / "bad", *asked) == 2
+    assert "none of the 1 videos can be read" in capsys.readouterr().err
+    assert lit_gen(*words, *asked, "--model.init_args.frames", "2") == 0 and len(counted) == 6  # which stays known
     capsys.readouterr()
     assert lit_gen(*words, "--prompt", " ") == 2 and "is empty" in capsys.readouterr().err
     assert lit_gen("predict", *WORDS, "--folder", "nowhere") == 2
