@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,53 @@ def test_a_claim_may_compare_two_measures(tmp_path: Path) -> None:
     assert verdict.holds == "yes" and abs(verdict.figure.mean + 0.5) < 1e-6
     with pytest.raises(UserError, match="no measure `lng`, did you mean `long`"):
         judge(claim | {"against": "lng"}, {"arm": [cell]}, {"short": {}, "long": {}})
+
+
+def test_a_claim_may_allow_a_margin(tmp_path: Path) -> None:
+    """Not worse by more than that, whatever the direction."""
+    from lit_gen.report import judge
+
+    cells = {}
+    for arm, value in (("ours", 0.50), ("theirs", 0.503)):
+        kept = Scores()
+        kept.add(list("abcd"), found=np.full(4, value))
+        kept.write(tmp_path / arm)
+        cells[arm] = [sweep.Cell(arm, 0, tmp_path, (), {"stage": tmp_path / arm}, ("stage",), arm)]
+
+    def holds(**claim: object) -> str:
+        return judge({"say": "x", "measure": "found", **claim}, cells, {"found": {}}).holds
+
+    assert holds(arm="ours", above="theirs") == "no"
+    assert holds(arm="ours", above="theirs", by=0.005) == holds(arm="theirs", below="ours", by=0.005) == "yes"
+    assert holds(arm="ours", above="theirs", by=0.001) == holds(arm="theirs", below="ours", by=0.001) == "no"
+
+
+def test_overviews_show_means_and_medians(tmp_path: Path) -> None:
+    from lit_gen.report import write
+
+    cells = []
+    for arm, ranks in (("near", [1.0, 2.0, 30.0]), ("far", [4.0, 50.0, 60.0])):
+        folder = tmp_path / arm
+        kept = Scores()
+        columns = {"rank short": ranks, "rank long": [1.0, 1.0, 1.0], "ceiling short": [0.5, 0.5, 1.0]}
+        kept.add(list("abc"), **{name: np.array(values) for name, values in columns.items()})
+        kept.write(folder)
+        (folder / "DONE").touch()
+        os.utime(folder / "DONE", (0, 0))
+        cells.append(sweep.Cell(arm, 0, tmp_path, (), {"stage": folder}, ("stage",), arm))
+    overviews = [
+        {"measures": ["rank"], "of": ["short", "long"], "statistic": "median"},
+        {"measures": ["rank", "ceiling"], "of": ["short"], "arms": ["near"]},
+    ]
+    claims = [{"say": "nearer", "measure": "rank short", "arm": "near", "below": "far"}]
+    report = {"out": str(tmp_path / "r.md"), "measures": {"rank long": {}}, "overviews": overviews, "claims": claims}
+    write(sweep.Sweep("s", cells, report))
+    text = (tmp_path / "r.md").read_text()
+    assert "| rank of | near | far |\n|---|---|---|\n| short | 2 | 50 |\n| long | 1 | 1 |" in text
+    assert "| near: | rank | ceiling |\n|---|---|---|\n| short | 11 | 0.667 |" in text
+    assert "| nearer | yes |" in text
+    with pytest.raises(UserError, match="an overview has no setting `men`"):
+        write(sweep.Sweep("s", cells, report | {"overviews": [{"men": 1}]}))
 
 
 def test_an_arm_may_do_without_a_stage(lit_gen: Command, here: Path) -> None:
