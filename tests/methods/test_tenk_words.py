@@ -18,6 +18,7 @@ from PIL import Image
 
 from lit_gen.data.decode import encode_video
 from lit_gen.errors import UserError
+from lit_gen.methods.base import Optimizer
 from lit_gen.methods.tenk_words import Objective, TenKWords
 from lit_gen.retrieval.ranking import rank
 from lit_gen.retrieval.towers import FrameEncoder, LoRA, Size, TemporalPooling, TextEncoder, TextTower, VideoTower
@@ -131,6 +132,30 @@ def test_the_temperature_stays_in_its_bounds(tiny_base: Path) -> None:
     assert model.scale.item() == pytest.approx(1 / 0.07)
     model.log_scale.data.fill_(9.0)
     assert model.scale.item() == pytest.approx(100)
+
+
+def test_the_temperature_learns_at_a_rate_of_its_own(tiny_base: Path) -> None:
+    settings = Optimizer(lr=1e-3, weight_decay=0.1)
+    model = method(tiny_base, PLAIN, temperature_rate=20.0, optimizer=settings).train()
+    groups = model.parameter_groups()
+    trained = [p for group in groups for p in group["params"]]
+    assert len(trained) == len(set(trained)) == len(model.trainable_parameters())
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    before = model.log_scale.item()
+    model.losses(batch())["itc"].backward()
+    optimizer.step()
+    assert abs(model.log_scale.item() - before) == pytest.approx(0.02, rel=0.01)  # AdamW's first step is lr long
+
+
+def test_queries_are_scored_through_both_heads(tiny_base: Path) -> None:
+    model = method(tiny_base, Objective()).eval()
+    texts = ["a red ball", "a blue cube"]
+    plain = F.normalize(model.embed_texts(texts), dim=-1)
+    torch.testing.assert_close(model.embed_queries(texts), plain.detach())
+    through = F.normalize(model.projection(model.embed_texts(texts)), dim=-1).detach()
+    torch.testing.assert_close(model.embed_queries(texts, "projected"), through)
+    other = method(tiny_base, Objective(), query_head="projected").eval()
+    torch.testing.assert_close(other.embed_queries(texts), through)
 
 
 # -- towers -----------------------------------------------------------------------------------------------------------
@@ -295,6 +320,7 @@ def test_testing_scores_every_level_and_keeps_the_features(
     scores = json.loads((RUN / "scores.json").read_text())
     assert len(scores["R@1 full"]) == len(scores["R@1 of ceiling mean of short"]) == 8
     assert {"R@1 mean of all unseen words", "R@1 expanded mean of all", "cut off full-university"} <= scores.keys()
+    assert {"R@1 projected mean of short", "fitting first mean of short"} <= scores.keys()
     figures = json.loads((RUN / "metrics.json").read_text())["test"]
     assert figures["test/full/R@10"] == 1 and 0 < figures["test/full-short/ceiling"] <= 1
     levels = [v for k, v in figures.items() if k.endswith("/R@1") and "mean" not in k and "unseen" not in k]
