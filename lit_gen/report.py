@@ -13,6 +13,9 @@ The section `sweep: report:` of an experiment file:
       - {say: "...", measure: leak rate, arm: full, below: appended to text, times: 0.33}
       - {say: "...", measure: R@1 short, arm: full, below: full, against: R@1 long}   # another measure
       - {say: "as often right, within two points", measure: accuracy, arm: full, above: no scale, margin: 0.02}
+    overviews:                            # tables of means: a row for each name, a column for each measure and arm
+      - {measures: [R@1], of: [short, long]}                # "R@1 short", "R@1 long"; claims may be made of them too
+      - {measures: [rank], of: [short, long], arms: [full], statistic: median}   # mean over seeds of medians
     pictures: {adapter: prompts-x-styles.png}   # stage -> latest sample of that name, of the first seed
     shown: [full, no scale]               # arms whose pictures are shown; all by default
 
@@ -26,6 +29,7 @@ A sweep that goes `over` values has tables with a column for each, and may have
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +42,7 @@ from lit_gen.metrics import scores
 from lit_gen.metrics.scores import Estimate
 from lit_gen.sweep import Cell, Sweep, is_tested, slug
 
-_KEYS = ("title", "out", "text", "reference", "measures", "claims", "pictures", "shown", "plots")
+_KEYS = ("title", "out", "text", "reference", "measures", "claims", "pictures", "shown", "plots", "overviews")
 _WIDTH = 640  # pixels of a picture in the report, at most
 
 Points = dict[float, list[Cell]]  # value that the sweep went over -> cells, one for each seed
@@ -78,10 +82,12 @@ def write(sweep: Sweep) -> list[Path]:
     lines += _tables_over(sweep, series, measures) if sweep.over else _tables(sweep, tested, measures)
     # of arms that have been tested; an arm that does not exist is a mistake that `judge` tells
     known = {**tested, **{name: [c for cells in points.values() for c in cells] for name, points in series.items()}}
+    lines += _overviews(section.get("overviews") or (), tested)
     named = ("arm", "below", "above")
     claims = [c for c in section.get("claims") or () if all(known.get(c.get(key), True) for key in named)]
     if claims:
-        lines += _claims([judge(claim, tested, measures, series) for claim in claims])
+        shown = {f"{m} {of}": {} for o in section.get("overviews") or () for m in o["measures"] for of in o["of"]}
+        lines += _claims([judge(claim, tested, shown | measures, series) for claim in claims])
     pictures = _pictures(sweep, tested, out)
     for title, file in pictures:
         lines += [f"**{title}**", "", f"![{title}]({file.relative_to(out.parent).as_posix()})", ""]
@@ -221,6 +227,28 @@ def _tables(sweep: Sweep, tested: dict[str, list[Cell]], measures: dict[str, Any
                 row += f" {'' if arm == reference else _apart(cells, tested[reference], name, how)} |"
             lines.append(row)
         lines += ["", f"{shape[1]} samples, {shape[0]} seeds; mean and 95 % bootstrap interval over both.", ""]
+    return lines
+
+
+def _overviews(overviews: Sequence[dict[str, Any]], tested: dict[str, list[Cell]]) -> list[str]:
+    lines = []
+    for overview in overviews:
+        if unknown := overview.keys() - {"measures", "of", "arms", "statistic"}:
+            raise UserError(f"an overview has no setting `{min(unknown)}`; it has measures, of, arms and statistic")
+        measures, arms = overview["measures"], [arm for arm in overview.get("arms") or tested if tested.get(arm)]
+        columns = [(measure, arm) for measure in measures for arm in arms]
+        heads = [", ".join(([m] if len(measures) > 1 else []) + ([a] if len(arms) > 1 else [])) for m, a in columns]
+        statistic = np.median if overview.get("statistic") == "median" else np.mean
+        about = f"{measures[0]} of" if len(measures) == 1 else f"{arms[0]}:" if len(arms) == 1 else ""
+        lines += [f"| {about} | " + " | ".join(heads) + " |", "|---|" + "---|" * len(columns)]
+        runs = {arm: _read(tested[arm], None) for arm in arms}
+        for name in overview["of"]:
+            cells = []
+            for measure, arm in columns:
+                found = [list(run[f"{measure} {name}"].values()) for run in runs[arm] if f"{measure} {name}" in run]
+                cells.append(f"{np.mean([statistic(values) for values in found]):.3g}" if found else "")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
     return lines
 
 

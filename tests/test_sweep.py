@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,34 @@ def test_an_arm_may_do_without_a_value(lit_gen: Command, here: Path, capsys: pyt
     (here / "arms.yaml").write_text(text.replace("[null, 0.05]", "[null, null]"))
     assert lit_gen("sweep", "-c", "arms.yaml") == 2
     assert "`over` of `half` needs a list of 2" in capsys.readouterr().err
+
+
+def test_overviews_show_means_and_medians(tmp_path: Path) -> None:
+    from lit_gen.report import write
+
+    cells = []
+    for arm, ranks in (("near", [1.0, 2.0, 30.0]), ("far", [4.0, 50.0, 60.0])):
+        folder = tmp_path / arm
+        kept = Scores()
+        columns = {"rank short": ranks, "rank long": [1.0, 1.0, 1.0], "ceiling short": [0.5, 0.5, 1.0]}
+        kept.add(list("abc"), **{name: np.array(values) for name, values in columns.items()})
+        kept.write(folder)
+        (folder / "DONE").touch()
+        os.utime(folder / "DONE", (0, 0))
+        cells.append(sweep.Cell(arm, 0, tmp_path, (), {"stage": folder}, ("stage",), arm))
+    overviews = [
+        {"measures": ["rank"], "of": ["short", "long"], "statistic": "median"},
+        {"measures": ["rank", "ceiling"], "of": ["short"], "arms": ["near"]},
+    ]
+    claims = [{"say": "nearer", "measure": "rank short", "arm": "near", "below": "far"}]
+    report = {"out": str(tmp_path / "r.md"), "measures": {"rank long": {}}, "overviews": overviews, "claims": claims}
+    write(sweep.Sweep("s", cells, report))
+    text = (tmp_path / "r.md").read_text()
+    assert "| rank of | near | far |\n|---|---|---|\n| short | 2 | 50 |\n| long | 1 | 1 |" in text
+    assert "| near: | rank | ceiling |\n|---|---|---|\n| short | 11 | 0.667 |" in text
+    assert "| nearer | yes |" in text
+    with pytest.raises(UserError, match="an overview has no setting `men`"):
+        write(sweep.Sweep("s", cells, report | {"overviews": [{"men": 1}]}))
 
 
 def test_an_arm_may_do_without_a_stage(lit_gen: Command, here: Path) -> None:

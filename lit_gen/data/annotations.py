@@ -24,15 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from lit_gen.data.decode import IMAGE, VIDEO, encode_video, open_picture
-from lit_gen.data.frames import read_frames
-from lit_gen.data.images import centre_crop
+from lit_gen.data.decode import VIDEO
 from lit_gen.data.shards import Shard, write_index
 from lit_gen.data.split import Job, Samples, Task
-from lit_gen.data.stories import FULL, segment_frames
+from lit_gen.data.storage import Store, stored
+from lit_gen.data.stories import FULL
 from lit_gen.errors import ShardError
 
 logger = logging.getLogger(__name__)
@@ -177,14 +173,14 @@ def pack_stories(
     tolerance: float = 0.01,
     workers: int = 1,
     task: Task = Task(),
+    store: Store = "mp4",
 ) -> Path | None:
     """Pack annotated videos into shards in `out`, which must not exist.
 
     Args:
         annotations, captions: files as described above.
         videos: folder of the videos, or of folders of frames.
-        frames: kept of each video, the middle ones of as many equal parts; 0 keeps files as they are.
-        size: pixels, short side of the frames that are kept; None leaves them as they are.
+        frames, size, store: how videos are stored, see `storage.stored`.
         tolerance: share of videos that may be missing or unreadable; they are named and left out.
         workers: processes that decode.
         task: the part of the shards to write.
@@ -214,9 +210,9 @@ def pack_stories(
         logger.warning("data: %s is annotated but not in %s; left out", name, folder)
     # Numbers are those of all that is annotated, so that a missing video changes no other's.
     work = [(number, one, there[one.video]) for number, one in enumerate(annotated) if one.video in there]
-    settings = json.dumps(
-        [[one.story(i) for i, one, _ in work], str(folder.resolve()), frames, size, samples_per_shard]
-    )
+    # With the state of every file: where one was repaired, the leavings of an attempt that failed are not continued.
+    about = [[one.story(i), _state(path)] for i, one, path in work]
+    settings = json.dumps([about, str(folder.resolve()), frames, size, samples_per_shard, store])
     source = hashlib.sha256(settings.encode()).hexdigest()
     sizes = [min(samples_per_shard, len(work) - first) for first in range(0, len(work), samples_per_shard)]
 
@@ -227,7 +223,7 @@ def pack_stories(
         about = {"packed_from": Path(annotations).name, "kind": "stories"}
         write_index(building, "stories", [s for s in shards if s.samples], about, source)
 
-    start = partial(_packer, work, samples_per_shard, frames, size)
+    start = partial(_packer, work, samples_per_shard, frames, size, store)
     job = Job(out, source[:12], f"packing {out.name}", sizes, start, index)
     return out if job.run(task, ["cpu"] * workers, out.exists) else None
 
@@ -245,13 +241,25 @@ def _media(folder: Path) -> dict[str, Path]:
     return found | {f"v_{name}": path for name, path in found.items() if f"v_{name}" not in found}
 
 
+def _state(path: Path) -> list[list[Any]]:
+    """Name, size and time of change of a video, or of all that is in a folder of frames."""
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    return [[file.name, status.st_size, status.st_mtime_ns] for file in files for status in [file.stat()]]
+
+
 def _packer(
-    work: list[tuple[int, Annotated, Path]], each: int, frames: int, size: int | None, _: Path, __: str
+    work: list[tuple[int, Annotated, Path]],
+    each: int,
+    frames: int,
+    size: int | None,
+    store: Store,
+    _: Path,
+    __: str,
 ) -> Samples:
     def samples(number: int) -> Iterator[dict[str, str | bytes]]:
         for i, one, path in work[number * each : (number + 1) * each]:
             try:
-                extension, data = _video(path, frames, size)
+                extension, data = stored(path, frames, size, store)
             except (OSError, ValueError) as error:
                 logger.warning("data: %s left out: %s", path, error)
                 continue
@@ -260,32 +268,3 @@ def _packer(
             yield {"__key__": key, extension: data, "txt": one.paragraph.encode(), "json": story}
 
     return samples
-
-
-def _video(path: Path, frames: int, size: int | None) -> tuple[str, bytes]:
-    """Extension and bytes of a video as it is stored. OSError or ValueError when it cannot be read."""
-    if path.is_file() and not frames:
-        read_frames(path, 1)
-        return path.suffix[1:].lower(), path.read_bytes()
-    if path.is_file():
-        pixels = read_frames(path, frames)
-    else:
-        files = sorted(file for file in path.iterdir() if file.suffix[1:].lower() in IMAGE)
-        if not files:
-            raise ValueError("the folder holds no frames")
-        chosen = segment_frames(len(files), frames, None) if frames else range(len(files))
-        pixels = np.stack([np.asarray(open_picture(files[i]).convert("RGB")) for i in chosen])
-    if size is not None:
-        pixels = np.stack([_short_side(frame, size) for frame in pixels])
-    height, width = (side - side % 2 for side in pixels.shape[1:3])  # what video codecs take
-    return "mp4", encode_video(np.ascontiguousarray(pixels[:, :height, :width]))
-
-
-def _short_side(frame: np.ndarray, size: int) -> np.ndarray:
-    height, width = frame.shape[:2]
-    scale = size / min(height, width)
-    if scale >= 1:
-        return frame
-    if height == width:
-        return np.asarray(centre_crop(Image.fromarray(frame), size))
-    return np.asarray(Image.fromarray(frame).resize((round(width * scale), round(height * scale)), Image.LANCZOS))

@@ -16,6 +16,7 @@ _USAGE = """\
 python -m lit_gen data -c data/x.yaml [-c …] [--task I/N] [--workers N] [--device cpu|cuda] [--force]
        python -m lit_gen data pack FOLDER --out data/shards/mine [--captions captions.csv] [--task I/N]
        python -m lit_gen data pack-stories ANNOTATIONS.json --videos FOLDER --out data/shards/mine [--captions FILE]
+       python -m lit_gen data pack-stories SET --out data/shards/mine --store npy --frames 32 --size 224
        python -m lit_gen data describe ANNOTATIONS.json --model FOLDER --out captions.jsonl
        python -m lit_gen data verify SET"""
 

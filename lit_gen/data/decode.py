@@ -93,8 +93,12 @@ def encode_image(rgb: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def encode_video(rgb: np.ndarray, rate: int = 8) -> bytes:
-    """F H W 3 uint8 to a nearly lossless mp4 (full chroma, since half-resolution colour ruins small pictures)."""
+def encode_video(rgb: np.ndarray, rate: int = 8, ordinary: bool = False) -> bytes:
+    """F H W 3 uint8 to a nearly lossless mp4 (full chroma, since half-resolution colour ruins small pictures).
+
+    An `ordinary` one is as most videos are: colour at half the resolution, frames told from those before and after
+    them, x264's usual quality.
+    """
     import av
 
     buffer = io.BytesIO()
@@ -102,12 +106,15 @@ def encode_video(rgb: np.ndarray, rate: int = 8) -> bytes:
     with av.open(buffer, "w", format="mp4") as container:
         # With lookahead (which "zerolatency" turns off) x264 wrote other bytes for the same clip in one of ten runs.
         options = {"crf": "6", "preset": "veryfast", "tune": "zerolatency", "threads": "1"}
+        if ordinary:
+            options |= {"crf": "23", "x264-params": "bframes=3:b-adapt=0"}
+        layout = "yuv420p" if ordinary else "yuv444p"
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width = rgb.shape[1:3]
-        stream.pix_fmt = "yuv444p"
+        stream.pix_fmt = layout
         for pixels in rgb:
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            container.mux(stream.encode(convert(frame, format="yuv444p")))
+            container.mux(stream.encode(convert(frame, format=layout)))
         container.mux(stream.encode())
     return buffer.getvalue()
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from lit_gen.data.decode import CLIPS, converter
+from lit_gen.data.images import centre_crop
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -42,6 +44,15 @@ def read_frames(source: Path | bytes, frames: int) -> np.ndarray:
     if len(kept) < len(chosen):
         raise ValueError(f"the video ends after {len(kept)} of the {len(chosen)} frames that are wanted")
     return np.stack([kept[number] for number in wanted.tolist()])
+
+
+def fitted(frames: np.ndarray, size: int) -> np.ndarray:
+    """F H W 3 bytes, resized and centre cropped to F size size 3."""
+    height, width = frames.shape[1:3]
+    if min(height, width) == size:  # as frames are stored that shall cost nothing to read
+        top, left = (height - size) // 2, (width - size) // 2
+        return frames[:, top : top + size, left : left + size]
+    return np.stack([np.asarray(centre_crop(Image.fromarray(frame), size)) for frame in frames])
 
 
 def _open(source: Path | bytes) -> InputContainer:

@@ -17,7 +17,7 @@ _WORDS = (
 
 
 class RandomStories(L.LightningDataModule):
-    """Batches like those of `Stories`, made once, on the device: frames of noise, or features of frames.
+    """Batches like those of `Stories`, made once, on the device: frames of noise (bytes), or features of frames.
 
     Args:
         batch_size: videos per step and rank.
@@ -57,7 +57,11 @@ class RandomStories(L.LightningDataModule):
     def _batch(
         self, generator: torch.Generator, device: torch.device, chance: random.Random, rank: int
     ) -> dict[str, Any]:
-        seen: Tensor = torch.rand(self.shape, generator=generator, device=device) * 2 - 1
+        seen: Tensor
+        if self.name == "video":
+            seen = torch.randint(256, self.shape, generator=generator, device=device, dtype=torch.uint8)
+        else:
+            seen = torch.rand(self.shape, generator=generator, device=device) * 2 - 1
         paragraphs, captions = (
             [" ".join(chance.choices(_WORDS, k=words)) for _ in range(self.batch_size)] for words in self.words
         )

@@ -19,6 +19,7 @@ CHOICES = {
     "recipe": tuple(RECIPES),
     "split": ("train", "val", "test"),
     "level": LEVELS,
+    "mp4": ("exact", "ordinary"),
 }
 
 
@@ -45,6 +46,7 @@ class SetFile:
     frames: int = 8  # of a video, or of each event of a story
     captions: Captions = field(default_factory=Captions)
     samples_per_shard: int = 250
+    mp4: str = "exact"  # of a story: nearly lossless, or as videos of elsewhere are, see `decode.encode_video`
 
     @property
     def folder(self) -> Path:
@@ -54,7 +56,10 @@ class SetFile:
     @property
     def description(self) -> dict:
         """The content as plain data, without the path."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "path"}
+        content = {k: v for k, v in dataclasses.asdict(self).items() if k != "path"}
+        if self.mp4 == "exact":  # which sets were before there was a choice: they stay what they are
+            del content["mp4"]
+        return content
 
     @staticmethod
     def read(path: str | Path) -> SetFile:

@@ -1,5 +1,7 @@
 """Long videos with many descriptions each: the samples that text-video retrieval trains on and is scored with.
 
+Frames stay bytes until they are where they are encoded: as floats they are four times as much to carry there.
+
 A sample has its frames as a video (or `npy`, F H W 3 bytes) and a `json`:
 
     {"id": 17, "captions": [{"level": "full", "text": "…"}, {"level": "partial-short", "text": "…"}, …]}
@@ -19,10 +21,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 
 from lit_gen.data.decode import VIDEO, encode_video
-from lit_gen.data.images import centre_crop, to_tensor
+from lit_gen.data.frames import fitted
 from lit_gen.data.module import Precision, Shards
 from lit_gen.data.sets import SetFile
 from lit_gen.data.shards import BadSample, ShardSet
@@ -30,8 +31,9 @@ from lit_gen.data.shards import BadSample, ShardSet
 FULL = "full"
 FRAMES = (*VIDEO, "npy")
 _PER_LEVEL = 3  # tellings of a training video at every level but "full"
+_RATE = 30  # frames a second of an ordinary video
 _PARAPHRASES = 2  # of each description that is tested
-_AT_ONCE = 16  # videos rendered together
+_AT_ONCE = 16, 2**24  # videos, and pixels, rendered together
 
 Captions = Literal["levels", "sentences"]
 
@@ -45,7 +47,6 @@ class StorySample:
     training: bool
     captions: Captions = "levels"
     per_video: int = 1  # K
-    wanted: str = "video"
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         story = check_story(sample.get("json"))
@@ -71,9 +72,8 @@ class StorySample:
         if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or not len(clip):
             raise BadSample(f"its frames are {clip.dtype} {clip.shape}, not bytes F H W 3")
         clip = clip[self._chosen(len(clip), rng)]
-        if self.size is not None and clip.shape[1:3] != (self.size, self.size):
-            clip = np.stack([np.asarray(centre_crop(Image.fromarray(frame), self.size)) for frame in clip])
-        return {"video": to_tensor(clip)}
+        clip = clip if self.size is None else fitted(clip, self.size)
+        return {"video": torch.from_numpy(clip).movedim(-1, -3)}  # a view: only what is stacked need be copied
 
     def _chosen(self, count: int, rng: np.random.Generator) -> np.ndarray:
         if self.frames is None:
@@ -145,9 +145,9 @@ def check_story(story: Any) -> dict[str, Any]:
 class Stories(Shards):
     """Long videos with their paragraphs and captions.
 
-    Training batches: {"video": B F 3 H W or, where cached, "frame_features": B F D; "video_id": B; "paragraph": list of
-    B; "captions" and "levels": lists of B lists of K; "key"}. Evaluation has "story" (B dicts, all captions) instead of
-    "captions", and "valid": B bool.
+    Training batches: {"video": B F 3 H W bytes or, where cached, "frame_features": B F D; "video_id": B; "paragraph":
+    list of B; "captions" and "levels": lists of B lists of K; "key"}. Evaluation has "story" (B dicts, all captions)
+    instead of "captions", and "valid": B bool.
     """
 
     kinds = ("stories",)
@@ -246,10 +246,12 @@ class Stories(Shards):
 
 def rendered(description: SetFile, first: int, last: int, device: str) -> Iterator[dict[str, str | bytes]]:
     """Stories first … last - 1 of a set of the world; `frames` of its file are those of an event."""
-    from lit_gen.world.stories.script import film, sample_script
+    from lit_gen.world.stories.script import MOST, film, sample_script
 
-    for start in range(first, last, _AT_ONCE):
-        numbers = range(start, min(start + _AT_ONCE, last))
+    pixels_each = MOST * description.frames * description.size**2
+    together, ordinary = max(1, min(_AT_ONCE[0], _AT_ONCE[1] // pixels_each)), description.mp4 == "ordinary"
+    for start in range(first, last, together):
+        numbers = range(start, min(start + together, last))
         scripts = [sample_script(description.split, description.seed, number) for number in numbers]
         videos = film(scripts, description.frames, description.size, device)
         for script, video in zip(scripts, videos, strict=True):
@@ -258,7 +260,7 @@ def rendered(description: SetFile, first: int, last: int, device: str) -> Iterat
             story = {"id": script.index, "captions": captions, "truth": script.truth}
             yield {
                 "__key__": f"{script.index:08d}",
-                "mp4": encode_video(pixels),
+                "mp4": encode_video(pixels, _RATE, ordinary=True) if ordinary else encode_video(pixels),
                 "txt": captions[0]["text"].encode(),
                 "json": json.dumps(story, separators=(",", ":")).encode(),
             }

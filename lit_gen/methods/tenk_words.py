@@ -25,6 +25,8 @@ from lit_gen.retrieval.evaluation import Gallery, evaluate, queries_of, summaris
 from lit_gen.retrieval.ranking import Expansion
 from lit_gen.retrieval.towers import FrameEncoder, TemporalPooling, TextEncoder, TextTower, VideoHead, VideoTower
 
+Head = Literal["shared", "projected"]
+
 _TEXTS_AT_ONCE = 256
 _MAX_SCALE = 100.0  # CLIP's bound on one over the temperature
 
@@ -64,9 +66,11 @@ class TenKWords(Method):
             starts from a pretrained video-text model; else, or for unrelated encoders, from random heads.
         width: of the shared space; by default that of the encoders where they are aligned, else COSA's 512.
         temperature: at the start; it is learned, and never below 0.01.
+        temperature_rate: times the learning rate with which it is learned: AdamW moves its logarithm by at most about
+            the learning rate a step, with that of the weights hardly at all.
         objective: the losses.
         query_head: which head's feature of a query is compared with videos: the "shared" theta_t, or the "projected"
-            theta_p after it.
+            theta_p after it. `test` compares R@1 of both where there is a theta_p ("R@1 projected").
         expansion: score queries in `test` also together with their paraphrases: the mean of the "features", or of the
             "scores" (probabilities); null for not at all.
         folders: folders of videos that `predict` searches.
@@ -86,8 +90,9 @@ class TenKWords(Method):
         aligned: bool = True,
         width: int | None = None,
         temperature: float = 0.07,
+        temperature_rate: float = 10.0,
         objective: Objective = Objective(),
-        query_head: Literal["shared", "projected"] = "shared",
+        query_head: Head = "shared",
         expansion: Expansion | None = None,
         folders: list[str] | None = None,
         prompts: list[str] | None = None,
@@ -116,16 +121,19 @@ class TenKWords(Method):
             raise UserError('query_head "projected" needs objective.projected or objective.text_to_text above 0')
         self.projection = nn.Linear(width, width) if projects else None  # theta_p
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        self.temperature_rate = temperature_rate
         self._gallery, self._queries = Gallery(), []
         self._embeddings: Embeddings | None = None
         self._index: search.Index | None = None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """No decay of gains, biases and the temperature."""
-        own = self.trainable_parameters()
+        """No decay of gains, biases and the temperature, and a learning rate of its own for that."""
+        own = [p for p in self.trainable_parameters() if p is not self.log_scale]
+        rate = self.temperature_rate * self.optimizer_settings.lr
         return [
             {"params": [p for p in own if p.ndim > 1]},
             {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [self.log_scale], "weight_decay": 0.0, "lr": rate},
         ]
 
     # -- features -----------------------------------------------------------------------------------------------------
@@ -136,7 +144,7 @@ class TenKWords(Method):
         return self.log_scale.exp().clamp(max=_MAX_SCALE)
 
     def embed_videos(self, batch: dict[str, Any]) -> Tensor:
-        """f_v B D of "video" B F 3 H W in [-1, 1], or of "frame_features" B F D'."""
+        """f_v B D of "video" B F 3 H W (bytes, or in [-1, 1]), or of "frame_features" B F D'."""
         features = (
             batch["frame_features"] if "frame_features" in batch else self.encode_for_cache(batch)["frame_features"]
         )
@@ -274,14 +282,18 @@ class TenKWords(Method):
             # Queries with fewer paraphrases count themselves again; those without are not scored as expanded.
             rows = [[q.text, *q.paraphrases, *[q.text] * (most - len(q.paraphrases))] for q in queries]
             expanded = self.embed_queries([text for row in rows for text in row]).unflatten(0, (len(rows), -1))
-        found = evaluate(
-            gallery, queries, features, expanded, self.expansion or "features", float(self.scale), self.device
-        )
-        return summarise(found)
+        projected = None
+        if self._embeddings is not None and self.projection is not None:  # in `test`, where texts are not encoded twice
+            projected = self.embed_queries([q.text for q in queries], "projected")
+        how = self.expansion or "features"
+        return summarise(evaluate(gallery, queries, features, expanded, projected, how, float(self.scale), self.device))
 
     @torch.no_grad()
-    def embed_queries(self, texts: list[str]) -> Tensor:
-        """Unit features Q D of queries, on the CPU; each different text is encoded once, texts of a length together."""
+    def embed_queries(self, texts: list[str], head: Head | None = None) -> Tensor:
+        """Unit features Q D of queries, on the CPU, as a head gives them, by default `query_head`.
+
+        Each different text is encoded once, texts of a length together.
+        """
         unknown = sorted(set(texts), key=lambda text: (len(text), text))
         known: dict[str, Tensor] = {}
         if self._embeddings is not None:
@@ -289,13 +301,13 @@ class TenKWords(Method):
             unknown = [text for text in unknown if text not in known]
         for start in range(0, len(unknown), _TEXTS_AT_ONCE):
             part = unknown[start : start + _TEXTS_AT_ONCE]
-            features = self.embed_texts(part)
-            if self.query_head == "projected":
-                features = self.projection(features)
-            known |= dict(zip(part, F.normalize(features.float(), dim=-1).cpu(), strict=True))
+            known |= dict(zip(part, self.embed_texts(part).float().cpu(), strict=True))
         if self._embeddings is not None:
             self._embeddings.add_texts(known)
-        return torch.stack([known[text] for text in texts]) if texts else torch.zeros(0, self.text_head.out_features)
+        found = torch.stack([known[text] for text in texts]) if texts else torch.zeros(0, self.text_head.out_features)
+        if (head or self.query_head) == "projected":
+            found = self.projection(found.to(self.text_head.weight)).float().cpu()
+        return F.normalize(found, dim=-1)
 
     # -- prediction ---------------------------------------------------------------------------------------------------
 
@@ -314,7 +326,8 @@ class TenKWords(Method):
         if any(not text.strip() for text in self.prompts):
             raise UserError("a --prompt to search for is empty; say what happens in the video")
         place = self.run_dir / "index"
-        self._index = search.Index.open(place, fingerprint_of(self), [Path(folder) for folder in self.folders])
+        model = f"{fingerprint_of(self)} {self.frames} frames"
+        self._index = search.Index.open(place, model, [Path(folder) for folder in self.folders])
         size = self.frame_encoder.size
         return DataLoader(search.NewVideos(self._index, self.frames, size), batch_size=None)
 

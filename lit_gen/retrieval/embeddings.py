@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 
 def fingerprint_of(method: Any) -> str:
-    """sha256 of all weights of a dual encoder, frozen ones too, and of what else its features depend on."""
-    digest = hashlib.sha256(json.dumps([method.text_encoder.max_tokens, method.query_head]).encode())
+    """sha256 of all weights of a dual encoder, frozen ones too, and of how many tokens of a text it reads."""
+    digest = hashlib.sha256(str(method.text_encoder.max_tokens).encode())
     for name, weight in sorted(nn.Module.state_dict(method).items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -31,7 +31,10 @@ def hash_of(text: str) -> int:
 
 @dataclass
 class Embeddings:
-    """Unit features D by video id and by text; each rank writes a file of its own and reads all."""
+    """Features D by video id (unit vectors) and by text (as theta_t gives them).
+
+    Each rank writes a file of its own and reads all.
+    """
 
     folder: Path
     model: str  # fingerprint of the weights

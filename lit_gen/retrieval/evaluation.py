@@ -97,6 +97,7 @@ class Evaluation:
     queries: list[Query]
     ranks: Ranks
     expanded: Ranks | None
+    projected: Ranks | None  # of the queries' features through theta_p
     ceiling: Tensor  # Q, 1 / videos that fit; NaN where it is not known
     fitting: Tensor  # Q, whether the first video fits what is stated; NaN where it is not known
 
@@ -106,6 +107,7 @@ def evaluate(
     queries: list[Query],
     features: Tensor,
     expanded: Tensor | None = None,
+    projected: Tensor | None = None,
     how: Expansion = "features",
     scale: float = 100.0,
     device: torch.device | str = "cpu",
@@ -117,6 +119,7 @@ def evaluate(
         queries: of this rank, Q.
         features: Q D, unit vectors.
         expanded: Q T D, of each query and what it is expanded by; None for no expansion.
+        projected: Q D, of the queries through another head, whose R@1 is to be compared; None for none.
         how, scale, device: see `ranking.rank`.
     """
     rows = {number: row for row, number in enumerate(gallery.ids)}
@@ -127,6 +130,7 @@ def evaluate(
     videos = torch.stack(gallery.features)
     ranks = rank(features, videos, own, device=device)
     expansion = None if expanded is None else rank(expanded, videos, own, how, scale, device=device)
+    other = None if projected is None else rank(projected, videos, own, device=device)
     ceiling, fitting = torch.full((len(queries),), torch.nan), torch.full((len(queries),), torch.nan)
     if all(truth is not None for truth in gallery.truths):
         from lit_gen.world.stories.truth import Gallery as Truths
@@ -136,7 +140,7 @@ def evaluate(
             if query.states is not None:
                 fits = truths.fits(query.states)
                 ceiling[i], fitting[i] = 1 / max(int(fits.sum()), 1), float(fits[ranks.best[i]])
-    return Evaluation(queries, ranks, expansion, ceiling, fitting)
+    return Evaluation(queries, ranks, expansion, other, ceiling, fitting)
 
 
 def summarise(found: Evaluation) -> tuple[dict[str, float], Scores]:
@@ -194,6 +198,8 @@ def _columns(found: Evaluation) -> dict[tuple[str, str], dict[str, dict[str, lis
     if found.expanded is not None:
         applies = torch.tensor([bool(q.paraphrases) for q in found.queries])
         measures["R@1 expanded"] = found.expanded.recall(1).float().masked_fill(~applies, torch.nan)
+    if found.projected is not None:
+        measures["R@1 projected"] = found.projected.recall(1)
     table: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = {}
     for name, values in measures.items():
         for query, value in zip(found.queries, values.tolist(), strict=True):

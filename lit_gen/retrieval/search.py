@@ -8,16 +8,14 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_gen.callbacks.samples import contact_sheet, save
 from lit_gen.data.decode import VIDEO
-from lit_gen.data.frames import read_frames
-from lit_gen.data.images import centre_crop, to_tensor
+from lit_gen.data.frames import fitted, read_frames
+from lit_gen.data.images import to_tensor
 from lit_gen.errors import UserError
 from lit_gen.retrieval import embeddings
 from lit_gen.retrieval.ranking import top
@@ -71,18 +69,25 @@ class Index:
         self.features[name], self.stamps[name] = feature, self.files[name]
 
     def leave_out(self, name: str, reason: str) -> None:
+        """A video that cannot be read (any more): what was known of an earlier state of it says nothing of this one."""
         logger.warning("%s left out: %s", name, reason)
         self.bad[name] = reason
+        self.features.pop(name, None)
+        self.stamps.pop(name, None)
 
     def save(self) -> None:
-        """Keep everything, also what other folders gave."""
-        if not self.features:
+        """Keep everything, also what other folders gave.
+
+        Raises:
+            UserError: of the folders asked for now, no video can be read.
+        """
+        if names := list(self.features):
+            about = {"model": self.model, "files": json.dumps([[name, self.stamps[name]] for name in names])}
+            embeddings.write(self.place / _FILE, {"features": torch.stack([self.features[n] for n in names])}, about)
+        if not self.files.keys() & self.features.keys():
             raise UserError(
                 f"none of the {len(self.files)} videos can be read; the first: {next(iter(self.bad.values()))}"
             )
-        names = list(self.features)
-        about = {"model": self.model, "files": json.dumps([[name, self.stamps[name]] for name in names])}
-        embeddings.write(self.place / _FILE, {"features": torch.stack([self.features[n] for n in names])}, about)
 
     def summary(self) -> str:
         known = sum(name in self.features for name in self.files)
@@ -100,7 +105,7 @@ class Index:
 
 
 class NewVideos(Dataset):
-    """(path, frames F 3 size size in [-1, 1], or why they cannot be read) of the videos that an index lacks."""
+    """(path, frames F 3 size size bytes, or why they cannot be read) of the videos that an index lacks."""
 
     def __init__(self, index: Index, frames: int, size: int) -> None:
         self.names, self.frames, self.size = index.missing(), frames, size
@@ -113,14 +118,9 @@ class NewVideos(Dataset):
             return "", ""
         name = self.names[number]
         try:
-            return name, to_tensor(fitted(read_frames(Path(name), self.frames), self.size))
+            return name, torch.from_numpy(fitted(read_frames(Path(name), self.frames), self.size)).movedim(-1, -3)
         except (OSError, ValueError) as error:
             return name, str(error)
-
-
-def fitted(frames: np.ndarray, size: int) -> np.ndarray:
-    """F H W 3 bytes, resized and centre cropped to F size size 3."""
-    return np.stack([np.asarray(centre_crop(Image.fromarray(frame), size)) for frame in frames])
 
 
 def answer(descriptions: list[str], answers: list[list[tuple[str, float]]], folder: Path) -> str:

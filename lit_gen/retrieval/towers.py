@@ -108,7 +108,7 @@ class TextTower:
 
 
 class FrameEncoder(nn.Module):
-    """Frames in [-1, 1] to a feature each: the class token of a CLIP vision model, and means of parts of the frame."""
+    """Frames to a feature each: the class token of a CLIP vision model, and means of parts of the frame."""
 
     def __init__(self, folder: str | None, settings: VideoTower) -> None:
         super().__init__()
@@ -134,12 +134,14 @@ class FrameEncoder(nn.Module):
             self.vision.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, frames: Tensor) -> Tensor:
-        """frames: N 3 H W in [-1, 1]; returns N D."""
+        """frames: N 3 H W, bytes or in [-1, 1]; returns N D."""
         with torch.no_grad() if self.frozen else contextlib.nullcontext():
             parts = frames.split(self.at_once) if self.at_once else [frames]
             return torch.cat([self._encode(part) for part in parts])
 
     def _encode(self, frames: Tensor) -> Tensor:
+        if frames.dtype == torch.uint8:  # as `images.to_tensor` does it
+            frames = frames.contiguous().float().div_(127.5).sub_(1)
         if frames.shape[-2:] != (self.size, self.size):
             frames = F.interpolate(frames, (self.size, self.size), mode="bicubic", antialias=True)
         pixels = ((frames + 1) / 2 - self.mean) / self.std

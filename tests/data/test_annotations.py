@@ -84,6 +84,45 @@ def test_missing_and_broken_videos_are_named_and_counted(
     assert "abc.mp4 left out" in caplog.text and "v_def is annotated but not in" in caplog.text
 
 
+def test_a_video_that_was_repaired_is_packed(corpus: Path) -> None:
+    video = corpus / "videos" / "def.mp4"
+    whole = video.read_bytes()
+    video.write_bytes(b"cut off")
+    for _ in range(2):
+        with pytest.raises(ShardError, match="1 of 3 videos cannot be read"):
+            pack_stories(corpus / "anet.json", corpus / "videos", corpus / "set", frames=4)
+    video.write_bytes(whole)
+    pack_stories(corpus / "anet.json", corpus / "videos", corpus / "set", frames=4)
+    assert len(stories(corpus / "set")) == 3
+    assert not list(corpus.glob(".set*"))  # nor is anything left of the attempts that failed
+
+
+def test_frames_are_stored_ready(lit_gen: Command, corpus: Path, capsys: pytest.CaptureFixture) -> None:
+    """From annotations and from a set of mp4: the same pixels that the loader would make of the videos."""
+    from lit_gen.data.stories import Stories
+
+    words = ("data", "pack-stories", corpus / "anet.json", "--videos", corpus / "videos", "--frames")
+    assert lit_gen(*words, 5, "--size", 16, "--store", "npy", "--out", corpus / "ready") == 0
+    assert lit_gen(*words, 0, "--size", 0, "--out", corpus / "mp4", "--samples-per-shard", 2) == 0
+    again = ("data", "pack-stories", corpus / "mp4", "--out", corpus / "again", "--frames", 5, "--size", 16)
+    assert lit_gen(*again, "--store", "npy") == 0
+    found = {}
+    for name in ("ready", "mp4", "again"):
+        data = Stories(test=str(corpus / name), batch_size=3, frames=5, size=16)
+        found[name] = next(iter(data.test_dataloader()))
+    for name in ("ready", "again"):
+        shards = ShardSet.open(corpus / name)
+        assert set(shards.read(1, {"mp4", "npy", "json", "txt"})[1]) == {"npy", "json", "txt"}
+        assert list(found[name]["story"]) == list(found["mp4"]["story"])
+        apart = (found[name]["video"].int() - found["mp4"]["video"].int()).abs()
+        assert apart[:2].max() == 0 and apart[2].max() <= 3  # "ghi" is pictures, which an mp4 is only nearly
+    assert lit_gen(*again) == 2 and "exists already" in capsys.readouterr().err
+    assert lit_gen("data", "pack-stories", corpus / "mp4", "--out", "x", "--videos", corpus / "videos") == 2
+    assert "has its videos and captions already" in capsys.readouterr().err
+    assert lit_gen("data", "pack-stories", corpus / "anet.json", "--out", "x") == 2
+    assert "with --videos" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "text,message",
     [

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from lit_gen.data.decode import encode_video
+from lit_gen.data.decode import encode_video, read_video
+from lit_gen.data.frames import fitted
+from lit_gen.data.images import centre_crop
+from lit_gen.data.sets import SetFile
 from lit_gen.data.shards import BadSample, ShardSet, write_index, write_tar
 from lit_gen.data.stories import (
     Stories,
@@ -63,7 +69,8 @@ def test_texts_stay_with_their_videos_whatever_is_damaged(tmp_path: Path, worker
     seen = Counter()
     for _ in range(3):
         for batch in loader:
-            grey = (batch["video"].mean((2, 3, 4)) + 1) * 127.5  # B F
+            assert batch["video"].dtype == torch.uint8 and batch["video"].shape[2:] == (3, 16, 16)
+            grey = batch["video"].float().mean((2, 3, 4))  # B F
             for row, number in enumerate(batch["video_id"].tolist()):
                 assert abs(grey[row, 0].item() - 12 * number) < 6
                 assert (grey[row].diff() > 0).all()
@@ -154,3 +161,29 @@ def test_world_stories_are_built_with_all_their_captions(tmp_path: Path) -> None
     batches = list(data.test_dataloader())
     assert [b["valid"].tolist() for b in batches] == [[True, True], [True, False]]
     assert batches[0]["video"].shape == (2, 4, 3, 16, 16) and torch.is_tensor(batches[0]["video_id"])
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 24), (40, 20), (10, 12)])
+def test_frames_are_cropped_as_pictures_are(shape: tuple[int, int]) -> None:
+    frames = np.random.default_rng(0).integers(256, size=(2, *shape, 3), dtype=np.uint8)
+    expected = [np.asarray(centre_crop(Image.fromarray(frame), 16)) for frame in frames]
+    assert np.array_equal(fitted(frames, 16), expected)
+
+
+def test_ordinary_videos_of_the_world_and_sets_from_before_the_choice(tmp_path: Path) -> None:
+    from lit_gen.data.build import build
+
+    text = "kind: stories\nrecipe: events\nsplit: train\ncount: 1\nframes: 4\nsize: 32\n"
+    (tmp_path / "exact.yaml").write_text(text)
+    (tmp_path / "ordinary.yaml").write_text(text + "mp4: ordinary\n")
+    assert "mp4" not in SetFile.read(tmp_path / "exact.yaml").description
+    videos = {}
+    for name in ("exact", "ordinary"):
+        data = ShardSet.open(build(tmp_path / f"{name}.yaml", workers=1)).read(0, {"mp4"})[1]["mp4"]
+        with av.open(io.BytesIO(data)) as container:
+            stream = container.streams.video[0]
+            videos[name] = stream.pix_fmt, float(stream.average_rate), stream.has_b_frames, read_video(data)
+    assert videos["exact"][:3] == ("yuv444p", 8, False)
+    assert videos["ordinary"][:2] == ("yuv420p", 30) and videos["ordinary"][2]
+    apart = np.abs(videos["exact"][3].astype(int) - videos["ordinary"][3])
+    assert 0 < apart.mean() < 12

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from lit_gen.data.decode import encode_video
 from lit_gen.errors import UserError
+from lit_gen.methods.base import Optimizer
 from lit_gen.methods.tenk_words import Objective, TenKWords
 from lit_gen.retrieval.ranking import rank
 from lit_gen.retrieval.towers import FrameEncoder, LoRA, Size, TemporalPooling, TextEncoder, TextTower, VideoTower
@@ -132,6 +134,30 @@ def test_the_temperature_stays_in_its_bounds(tiny_base: Path) -> None:
     assert model.scale.item() == pytest.approx(100)
 
 
+def test_the_temperature_learns_at_a_rate_of_its_own(tiny_base: Path) -> None:
+    settings = Optimizer(lr=1e-3, weight_decay=0.1)
+    model = method(tiny_base, PLAIN, temperature_rate=20.0, optimizer=settings).train()
+    groups = model.parameter_groups()
+    trained = [p for group in groups for p in group["params"]]
+    assert len(trained) == len(set(trained)) == len(model.trainable_parameters())
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    before = model.log_scale.item()
+    model.losses(batch())["itc"].backward()
+    optimizer.step()
+    assert abs(model.log_scale.item() - before) == pytest.approx(0.02, rel=0.01)  # AdamW's first step is lr long
+
+
+def test_queries_are_scored_through_both_heads(tiny_base: Path) -> None:
+    model = method(tiny_base, Objective()).eval()
+    texts = ["a red ball", "a blue cube"]
+    plain = F.normalize(model.embed_texts(texts), dim=-1)
+    torch.testing.assert_close(model.embed_queries(texts), plain.detach())
+    through = F.normalize(model.projection(model.embed_texts(texts)), dim=-1).detach()
+    torch.testing.assert_close(model.embed_queries(texts, "projected"), through)
+    other = method(tiny_base, Objective(), query_head="projected").eval()
+    torch.testing.assert_close(other.embed_queries(texts), through)
+
+
 # -- towers -----------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +241,17 @@ def test_it_starts_as_the_image_text_model_that_its_encoders_are(tiny_base: Path
         method(tiny_base, aligned=True, width=17)
 
 
+def test_bytes_are_the_pixels_that_they_stand_for(tiny_base: Path) -> None:
+    from lit_gen.data.images import to_tensor
+
+    model = method(tiny_base, video_tower=VideoTower(cells=2)).eval()
+    pixels = np.random.default_rng(0).integers(256, size=(2, 3, 20, 20, 3), dtype=np.uint8)
+    carried = torch.from_numpy(pixels).movedim(-1, -3)
+    found = model.encode_for_cache({"video": carried})["frame_features"]
+    assert torch.equal(found, model.encode_for_cache({"video": to_tensor(pixels)})["frame_features"])
+    assert torch.equal(model.embed_videos({"video": carried}), model.embed_videos({"video": to_tensor(pixels)}))
+
+
 def test_frames_and_time(tiny_base: Path) -> None:
     tower = FrameEncoder(str(tiny_base / "image_encoder"), VideoTower(cells=2, frames_at_once=2))
     frames = torch.rand(5, 3, 16, 16) * 2 - 1
@@ -283,6 +320,7 @@ def test_testing_scores_every_level_and_keeps_the_features(
     scores = json.loads((RUN / "scores.json").read_text())
     assert len(scores["R@1 full"]) == len(scores["R@1 of ceiling mean of short"]) == 8
     assert {"R@1 mean of all unseen words", "R@1 expanded mean of all", "cut off full-university"} <= scores.keys()
+    assert {"R@1 projected mean of short", "fitting first mean of short"} <= scores.keys()
     figures = json.loads((RUN / "metrics.json").read_text())["test"]
     assert figures["test/full/R@10"] == 1 and 0 < figures["test/full-short/ceiling"] <= 1
     levels = [v for k, v in figures.items() if k.endswith("/R@1") and "mean" not in k and "unseen" not in k]
@@ -338,6 +376,12 @@ def test_a_folder_is_indexed_once_and_searched_with_words(
         assert lit_gen(*words, *asked) == 0
     assert "3 videos in the index" in (out := capsys.readouterr().out) and "1 cannot be read" in out
     assert "broken.mp4 left out" in caplog.text
+    (folder / "clip-0.mp4").rename(tmp_path / "kept")
+    (folder / "clip-0.mp4").write_bytes(b"broken since")
+    assert lit_gen(*words, *asked) == 0
+    assert "2 videos in the index" in (out := capsys.readouterr().out) and "2 cannot be read" in out
+    (tmp_path / "kept").replace(folder / "clip-0.mp4")
+    assert lit_gen(*words, *asked) == 0 and "3 videos in the index" in capsys.readouterr().out
     answers = (RUN / "samples/predict/answers.csv").read_text().splitlines()
     assert len(answers) == 5 and answers[1].startswith("a red ball jumps,1,") and "clip-" in answers[1]
     with Image.open(RUN / "samples/predict/answers.png") as sheet:
@@ -351,6 +395,12 @@ def test_a_folder_is_indexed_once_and_searched_with_words(
     os.utime(folder / "clip-1.mp4", (1, 1))
     shutil.copy(folder / "clip-2.mp4", folder / "clip-3.mp4")
     assert lit_gen(*words, *asked) == 0 and len(counted) == 2  # the one that changed, and the new one
+    assert lit_gen(*words, *asked, "--model.init_args.frames", "2") == 0 and len(counted) == 6  # other features
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.mp4").write_bytes(b"nothing")
+    assert lit_gen(*words[:-1], tmp_path / "bad", *asked) == 2
+    assert "none of the 1 videos can be read" in capsys.readouterr().err
+    assert lit_gen(*words, *asked, "--model.init_args.frames", "2") == 0 and len(counted) == 6  # which stays known
     capsys.readouterr()
     assert lit_gen(*words, "--prompt", " ") == 2 and "is empty" in capsys.readouterr().err
     assert lit_gen("predict", *WORDS, "--folder", "nowhere") == 2
