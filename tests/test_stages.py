@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from toy import TOY
 
 from lit_gen import interrupts
 from lit_gen.callbacks.checkpoint import is_whole, newest
@@ -256,3 +257,10 @@ def test_kill_9_in_either_stage(lit_gen: Command, toy: Path) -> None:
     assert trace("toy/one") == first and trace("toy/two").count("0:0") == 1
     assert lit_gen(*argv, "--experiment", "straight") == 0
     assert torch.equal(weights("toy/two"), weights("straight/two"))
+
+
+def test_matrix_products_are_as_precise_as_asked_for(lit_gen: Command, here: Path) -> None:
+    (here / "x.yaml").write_text(TOY)
+    for words, precision in ((["--matmul_precision", "high"], "high"), ([], "highest")):
+        assert lit_gen("fit", "-c", "x.yaml", "--fresh", "--trainer.max_steps", "2", *words) == 0
+        assert torch.get_float32_matmul_precision() == precision

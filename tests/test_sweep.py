@@ -165,7 +165,8 @@ def test_a_claim_may_have_a_margin(tmp_path: Path, direction: str, margin: float
 
 
 def test_an_arm_may_do_without_a_value(lit_gen: Command, here: Path, capsys: pytest.CaptureFixture) -> None:
-    text = TOY + OVER.replace("half: {over: [0.0005, 0.05]}", "half: {over: [null, 0.05]}")
+    (here / "over.yaml").write_text(TOY)
+    text = "base: [over.yaml]\n" + OVER.replace("half: {over: [0.0005, 0.05]}", "half: {over: [null, 0.05]}")
     (here / "arms.yaml").write_text(text)
     assert [c.arm for c in sweep.read(["arms.yaml"]).cells if c.series == "half"] == ["half, lr 0.1"]
     (here / "arms.yaml").write_text(text.replace("[null, 0.05]", "[null, null]"))

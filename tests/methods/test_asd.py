@@ -68,11 +68,11 @@ def test_seeds_start_from_particles_of_their_own(tiny_base: Path, monkeypatch: p
 
 def test_drift_is_of_all_particles_over_the_last_steps(lit_gen: Command, tiny_base: Path, here: Path) -> None:
     """Eight moments for the strips, the latents of the middle of a short run for the drift; `test` finds both in the
-    checkpoint, and a run that was cut off has the same."""
+    checkpoint."""
     long = settings(tiny_base, sibling="sds")
     long["trainer"] |= {"max_steps": 10, "val_check_interval": 10}
     (here / "x.yaml").write_text(yaml.safe_dump(long))
-    assert lit_gen("fit", "-c", "x.yaml", "--checkpoint.every_n_steps", "7") == 0
+    assert lit_gen("fit", "-c", "x.yaml") == 0
     kept = torch.load("runs/x/checkpoints/last.ckpt", weights_only=True)
     assert len(kept["strips"]) == 8 and kept["late"][0] == 5
     model = Particles(**long["model"]["init_args"] | {"world": WorldPrompts(2)})
@@ -83,13 +83,6 @@ def test_drift_is_of_all_particles_over_the_last_steps(lit_gen: Command, tiny_ba
     assert lit_gen("test", "-c", "x.yaml") == 0
     tested = json.loads(Path("runs/x/scores.json").read_text())["drift"]
     assert sum(tested.values()) / 2 == pytest.approx(measured, rel=1e-5)
-    Path("runs/x/DONE").unlink()
-    Path("runs/x/checkpoints/last.ckpt").unlink()
-    assert lit_gen("fit", "-c", "x.yaml", "--checkpoint.every_n_steps", "7") == 0  # from step 7 on
-    again = torch.load("runs/x/checkpoints/last.ckpt", weights_only=True)
-    assert torch.equal(again["late"][1], kept["late"][1]) and again["late"][0] == 5
-    assert all(torch.equal(a, b) for a, b in zip(again["strips"], kept["strips"], strict=True))
-    assert torch.equal(again["state_dict"]["latents"], kept["state_dict"]["latents"])
 
 
 @pytest.mark.parametrize("more", [{"sibling": "sds"}, {"discriminator": "lora"}, {"discriminator": "embedding"}])

@@ -45,9 +45,10 @@ def test_a_run_moves_the_pictures_and_draws_them(lit_gen: Command, tiny_base: Pa
 
 
 def test_a_discriminator_that_runs_away_is_told_once(
-    lit_gen: Command, tiny_base: Path, here: Path, capsys: pytest.CaptureFixture
+    lit_gen: Command, tiny_base: Path, here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wild = settings(tiny_base, discriminator_lr=10.0)
+    monkeypatch.setattr("lit_gen.distillation.method.RUNAWAY", 1e-6)
+    wild = settings(tiny_base, discriminator_lr=1.0)
     wild["trainer"] |= {"max_steps": 6, "val_check_interval": 6, "log_every_n_steps": 1}
     (here / "x.yaml").write_text(yaml.safe_dump(wild))
     assert lit_gen("fit", "-c", "x.yaml") == 0
