@@ -200,7 +200,7 @@ def _run(verb: str, argv: list[str]) -> int:
     smoke = bool(options.get("smoke"))
     runs = experiment.select(experiment.runs(files, overrides, smoke), _text(options.get("stage")))
     for run in runs:
-        _refuse_own_folder(run)
+        refuse_own_folder(run)
     if options.get("print_config"):
         for run in runs:
             print(f"# {run.name}", flush=True)
@@ -241,7 +241,7 @@ def _fit(runs: list[Run], argv: list[str], fresh: bool) -> int:
         _say(f"{names}: finished, but from earlier weights of {waiting[0].name}; --stage NAME --fresh redoes it")
     requests = [str(run.write_request("fit", argv)) for run in waiting]
     for i, run in enumerate(waiting):
-        status = interrupts.status(run.effective().get("trainer.max_time") if i > 0 else None)
+        status = interrupts.status(run.time_limit() if i > 0 else None)
         if status and _tasks() == 1:  # several agree within the stage, or some would wait for the others there
             return _paused(run, status)
         # The first child also binds the settings of the stages after it: a mistake there shows now, not in an hour.
@@ -354,7 +354,8 @@ def _paused(run: Run, status: int) -> int:
     return 0 if status == interrupts.OUT_OF_TIME else status
 
 
-def _refuse_own_folder(run: Run) -> None:
+def refuse_own_folder(run: Run) -> None:
+    """UserError where a run is to write elsewhere than into its folder."""
     path = ("trainer", "default_root_dir")
     given = [f"--{key}" for key, _ in run.overrides if key == ".".join(path)]
     if path in run.settings.origins and run.settings.data["trainer"]["default_root_dir"] is not None:

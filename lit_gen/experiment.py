@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_gen import interrupts
 from lit_gen import settings as trees
 from lit_gen.errors import UserError, nearest
 from lit_gen.settings import Settings
@@ -125,6 +126,17 @@ class Run:
                     del flat[old]
             flat[_with_init_args(key)] = True if value is None else trees.parse_value(value)
         return flat
+
+    def time_limit(self) -> float | None:
+        """`trainer.max_time` in seconds; None where there is none, or where only the parser knows it."""
+        settings = self.effective()
+        limit = settings.get("trainer.max_time")
+        for _ in range(len(settings)):  # of references to references
+            if reference := re.fullmatch(r"\$\{([\w.]+)\}", str(limit)):
+                limit = settings.get(reference[1])
+        units = {key.rpartition(".")[2]: v for key, v in settings.items() if key.startswith("trainer.max_time.")}
+        limit = units or limit
+        return None if limit is None or "${" in str(limit) else interrupts.seconds(limit)
 
     def changes(self) -> Changes:
         """Settings that differ, in ways that matter, from those this run was last asked for."""

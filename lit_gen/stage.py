@@ -101,9 +101,10 @@ class Command(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         found: list[str] = []
         self.bound: list[Namespace | None] = []
+        self.top_level = {key.split(".")[0] for key in self._parser(self.verb).get_defaults().keys()} - {"config"}
         for run in self.runs:
             try:
-                self.bound.append(bind(parser, self._parser(self.verb), self.verb, run))
+                self.bound.append(bind(parser, self.top_level, self.verb, run))
             except UserError as error:
                 self.bound.append(None)
                 found += [line for line in str(error).splitlines() if line not in found]
@@ -139,7 +140,10 @@ class Command(LightningCLI):
         if settings.trainer.enable_progress_bar is not False:
             callbacks.append(Progress(run.name))
         self.trainer_defaults["callbacks"] = callbacks
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except TypeError as error:  # `devices: two`
+            raise MisconfigurationException(str(error)) from error
         refuse_other(trainer.strategy)
         take_over_signals(trainer)
         return trainer
@@ -181,15 +185,14 @@ class Command(LightningCLI):
             self.trainer.validate(model, datamodule=kwargs.get("datamodule"), verbose=False)
 
 
-def bind(parser: LightningArgumentParser, subparser: LightningArgumentParser, verb: str, run: Run) -> Namespace:
-    """Hold a run's settings against the signatures they name.
+def bind(parser: LightningArgumentParser, top_level: set[str], verb: str, run: Run) -> Namespace:
+    """Hold a run's settings against the signatures they name; `top_level` are the keys that stand by themselves.
 
     Raises:
         UserError: they do not fit; one line per mistake.
     """
-    names = {key.split(".")[0] for key in subparser.get_defaults().keys()}
-    if found := mistakes.find(run, names - {"config"}):
-        raise UserError("\n".join(found))
+    if found := mistakes.find(run, top_level):
+        raise UserError("\n".join(mistake.line for mistake in found))
     words = [verb, f"--config={json.dumps(run.settings.data)}", f"--trainer.default_root_dir={run.folder}"]
     try:
         return parser.parse_args([*words, *as_words(run.overrides)])
@@ -258,7 +261,7 @@ def main(argv: list[str]) -> int:
     except Paused:  # while data was built
         return interrupts.PAUSED
     except Exception as error:
-        raise _as_user_error(error, run) from error
+        raise as_user_error(error, run) from error
     finally:
         if lock is not None:
             lock.close()
@@ -305,7 +308,7 @@ class _Print(Command):
         parser.parse_args([self.verb, f"--config={json.dumps(run.settings.data)}", *as_words(run.overrides), self.word])
 
 
-def _as_user_error(error: Exception, run: Run) -> Exception:
+def as_user_error(error: Exception, run: Run) -> Exception:
     """Lightning's objections to settings, and files that are not there, in one line; real bugs as they are."""
     while isinstance(error, ValueError) and "Union subtypes" in str(error) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # jsonargparse wraps what a constructor raises
@@ -338,6 +341,8 @@ def _located(message: str, run: Run) -> str:
     values = [(re.split(r"[{*?\[]", v)[0], path) for path, v in leaves(tree.data) if isinstance(v, str)]
     # A plain word may stand in a message by chance; a path hardly does.
     quoted = [(len(v), tree.origin(p)) for v, p in values if v and (v in message if "/" in v else f"'{v}'" in message)]
+    if named := re.match(r"`(\w+)` must be .*, not (\S+)$", message):  # as `errors.at_least` says it
+        quoted += [(0, tree.origin(p)) for p, v in leaves(tree.data) if p[-1] == named[1] and str(v) == named[2]]
     where = max(quoted)[1] if quoted else ""
     return message if not where or where in message else f"{where}: {message}"
 

@@ -133,7 +133,9 @@ def test_the_time_limit_pauses_and_the_next_command_continues(lit_gen: Command, 
     assert Path("runs/toy/one/checkpoints/last.ckpt").exists() and not Path("runs/toy/one/DONE").exists()
     assert 1 <= len(trace("toy/one")) < 8
     # No second stage after the first one's time is up.
-    assert lit_gen("fit", "-c", "toy.yaml", "--model.pause", "0.3", "--trainer.max_time", "00:00:00") == 0
+    toy.with_name("none.yaml").write_text("vars: {none: '00:00:00'}\ntrainer: {max_time: '${vars.none}'}\n")
+    words = ["-c", "none.yaml", "--experiment", "toy", "--model.pause", "0.3"]
+    assert lit_gen("fit", "-c", "toy.yaml", *words) == 0
     assert not Path("runs/toy/two/trace").exists()
     assert lit_gen(*one) == 0
     assert trace("toy/one") == [f"{i}:{i}" for i in range(8)]

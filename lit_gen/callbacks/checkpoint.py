@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_gen.callbacks.record import Record
-from lit_gen.errors import UserError
+from lit_gen.errors import UserError, at_least
 from lit_gen.weights import read_checkpoint
 
 LAST = "last.ckpt"
@@ -59,8 +59,8 @@ class Checkpoint(LightningCheckpoint):
     """
 
     def __init__(self, every_n_steps: int = 200, keep: int = 2, keep_every_n_steps: int = 0) -> None:
-        if every_n_steps < 1 or keep < 1:
-            raise UserError("checkpoint.every_n_steps and checkpoint.keep must be at least 1")
+        at_least(1, **{"checkpoint.every_n_steps": every_n_steps, "checkpoint.keep": keep})
+        at_least(0, **{"checkpoint.keep_every_n_steps": keep_every_n_steps})
         self.every_n_steps, self.keep, self.keep_every_n_steps = every_n_steps, keep, keep_every_n_steps
         self.saved_step = -1
         self._written: tuple[Path, str] | None = None  # what waits to be published, and its checksums

@@ -104,12 +104,12 @@ def main(argv: list[str]) -> int:
 
 def instances(run: Run) -> tuple[L.LightningModule, L.LightningDataModule | None]:
     """Model and data of a run."""
-    from lit_gen.stage import _as_user_error
+    from lit_gen.stage import as_user_error
 
     try:
         made = _Instances(run)
     except Exception as error:
-        raise _as_user_error(error, run) from error
+        raise as_user_error(error, run) from error
     return made.model, made.datamodule
 
 
