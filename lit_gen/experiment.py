@@ -13,6 +13,7 @@ from typing import Any
 from lit_gen import interrupts
 from lit_gen import settings as trees
 from lit_gen.errors import UserError, nearest
+from lit_gen.files import read_json, write_whole
 from lit_gen.settings import Settings
 
 # Keys of an experiment that this file understands; everything else goes to the parser of `stage.py`.
@@ -102,10 +103,7 @@ class Run:
             "smoke": self.smoke,
             "origins": [[list(key), where] for key, where in self.settings.origins.items()],
         }
-        # Tasks of one job all write it, and on two nodes they may have the same process id.
-        temporary = path.with_name(f"{path.name}.{os.environ.get('SLURM_PROCID', 0)}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(request, indent=1))
-        temporary.replace(path)
+        write_whole(path, json.dumps(request, indent=1))
         return path
 
     @staticmethod
@@ -140,7 +138,7 @@ class Run:
 
     def changes(self) -> Changes:
         """Settings that differ, in ways that matter, from those this run was last asked for."""
-        if not self.request("fit").is_file():
+        if read_json(self.request("fit")) is None:
             return {}
         old, new = self.read_request(self.request("fit"))[2].effective(), self.effective()
         config = self.folder / "config.yaml"

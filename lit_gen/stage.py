@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_gen import interrupts, mistakes
-from lit_gen.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, newest, step_of
+from lit_gen.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, continued, step_of
 from lit_gen.callbacks.pause import Pause, take_over_signals
 from lit_gen.callbacks.progress import Progress
 from lit_gen.callbacks.record import Record
@@ -30,6 +30,7 @@ from lit_gen.cli import TRAINER_VERBS, as_words
 from lit_gen.data.split import Paused
 from lit_gen.errors import UserError
 from lit_gen.experiment import Run
+from lit_gen.files import write_whole
 from lit_gen.methods.base import Method
 from lit_gen.scale.zero import refuse_other
 from lit_gen.settings import leaves
@@ -125,7 +126,7 @@ class Command(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         run, settings = self.runs[0], self.config[self.verb]
         fitting = self.verb == "fit"
-        self.resume = settings.ckpt_path or (newest(run.last.parent) if fitting else None)
+        self.resume = continued(run.last.parent, settings.ckpt_path) if fitting else settings.ckpt_path
         if settings.trainer.logger in (None, True):
             folder = run.folder if fitting else run.folder / self.verb
             # Events that a killed run wrote after the checkpoint are of steps that will be made again.
@@ -165,7 +166,7 @@ class Command(LightningCLI):
             return
         self._measure_the_end(model, kwargs)
         if self.trainer.is_global_zero:
-            run.done.write_text(json.dumps({"step": self.trainer.global_step}) + "\n")
+            write_whole(run.done, json.dumps({"step": self.trainer.global_step}) + "\n")
 
     def predict(self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> None:
         """Generate; from the model's own inputs if it has any."""

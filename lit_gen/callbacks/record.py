@@ -13,6 +13,8 @@ from typing import Any
 
 import lightning.pytorch as L
 
+from lit_gen.files import read_json, write_whole
+
 PACKAGES = (
     "torch", "lightning", "jsonargparse", "omegaconf", "diffusers", "transformers", "peft", "torchmetrics",
     "webdataset", "deepspeed", "av", "numpy",
@@ -42,8 +44,7 @@ class Record(L.Callback):
         if not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / "metrics.json").is_file():
-            self.metrics = json.loads((self.folder / "metrics.json").read_text())
+        self.metrics = read_json(self.folder / "metrics.json") or self.metrics
         if stage == "fit":
             (self.folder / "samples").mkdir(exist_ok=True)
             _write(self.folder / "config.yaml", self.config)
@@ -178,6 +179,4 @@ def _git() -> dict[str, Any] | None:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, text + "\n")
