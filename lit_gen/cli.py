@@ -17,8 +17,11 @@ import tempfile
 from pathlib import Path
 
 from lit_gen import experiment, interrupts
+from lit_gen import settings as trees
 from lit_gen.errors import UserError, nearest
 from lit_gen.experiment import Changes, Override, Run
+
+Options = dict[str, str | bool]
 
 TRAINER_VERBS = {
     "fit": "run every stage of an experiment, resuming what was interrupted",
@@ -147,14 +150,14 @@ def _bench(argv: list[str]) -> int:
     return importlib.import_module(f"lit_gen.{argv[0]}.bench").main(argv[1:]) or 0
 
 
-def parse(argv: list[str]) -> tuple[list[str], dict[str, str | bool], list[Override]]:
+def parse(argv: list[str]) -> tuple[list[str], Options, list[Override]]:
     """Split a command line -> (files, options of ours, overrides in order).
 
     Raises:
         UserError: a word that belongs to no option.
     """
     files: list[str] = []
-    options: dict[str, str | bool] = {}
+    options: Options = {}
     overrides: list[Override] = []
     words = list(argv)
     while words:
@@ -176,11 +179,20 @@ def parse(argv: list[str]) -> tuple[list[str], dict[str, str | bool], list[Overr
                 files.append(given)
             else:
                 options["stage"] = given
+        elif key in ("fresh", "smoke"):
+            options[key] = _yes(key, given)
         elif key in SWITCHES:
             options[key] = given or True
         else:
             overrides.append((key, given))
     return files, options, overrides
+
+
+def _yes(key: str, given: str | None) -> bool:
+    value = True if given is None else trees.parse_value(given)
+    if not isinstance(value, bool):
+        raise UserError(f"--{key} is true or false, not `{given}`")
+    return value
 
 
 def as_words(overrides: list[Override]) -> list[str]:
@@ -192,13 +204,10 @@ def _run(verb: str, argv: list[str]) -> int:
     if verb == "predict":
         overrides = _fill_lists(overrides)
     if options.get("help") or any(key.endswith(".help") for key, _ in overrides):
-        print(f"usage: python -m lit_gen {verb} -c FILE [options]\n\n{OPTIONS}\n{FILE_KEYS}\nsettings:", flush=True)
-        words = ["--help"] if options.get("help") else as_words(overrides)
-        return launch(["help", verb, *words])
+        return _help(verb, files, options, overrides, argv)
     if not files:
         raise UserError(f"{verb} needs an experiment: -c FILE (`python -m lit_gen list` names those here)")
-    smoke = bool(options.get("smoke"))
-    runs = experiment.select(experiment.runs(files, overrides, smoke), _text(options.get("stage")))
+    runs = chosen(files, options, overrides)
     for run in runs:
         refuse_own_folder(run)
     if options.get("print_config"):
@@ -212,12 +221,26 @@ def _run(verb: str, argv: list[str]) -> int:
         return 0
     if verb != "fit":
         return _measure(verb, runs[-1], argv)
-    if smoke:
+    if options.get("smoke"):
         for run in runs:
             shutil.rmtree(run.folder, ignore_errors=True)
     # SLURM requeues a job with the words it was submitted with: only its first start is meant.
     fresh = bool(options.get("fresh")) and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0
     return _fit(runs, argv, fresh)
+
+
+def _help(verb: str, files: list[str], options: Options, overrides: list[Override], argv: list[str]) -> int:
+    """Explain every setting, with files also those of the classes they name; `--KEY.help` those of one class."""
+    asked = [(key, value) for key, value in overrides if key.endswith(".help")]
+    words = as_words(asked) if asked else ["--help"]
+    rest = [override for override in overrides if override not in asked]
+    runs = chosen(files, options, rest) if files else []
+    if not asked:
+        print(f"usage: python -m lit_gen {verb} -c FILE [options]\n\n{OPTIONS}\n{FILE_KEYS}\nsettings:", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        copies = [dataclasses.replace(run, folder=Path(folder) / str(i)) for i, run in enumerate(runs)]
+        requests = [str(copy.write_request(verb, argv)) for copy in copies]
+        return launch(["help", verb, *words, "--", *requests])
 
 
 def _fit(runs: list[Run], argv: list[str], fresh: bool) -> int:
@@ -366,5 +389,8 @@ def refuse_own_folder(run: Run) -> None:
         )
 
 
-def _text(value: str | bool | None) -> str | None:
-    return value if isinstance(value, str) else None
+def chosen(files: list[str], options: Options, overrides: list[Override]) -> list[Run]:
+    """The runs that a command line asks for."""
+    stage = options.get("stage")
+    runs = experiment.runs(files, overrides, bool(options.get("smoke")))
+    return experiment.select(runs, stage if isinstance(stage, str) else None)

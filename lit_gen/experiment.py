@@ -19,6 +19,8 @@ from lit_gen.settings import Settings
 # Keys of an experiment that this file understands; everything else goes to the parser of `stage.py`.
 OWN_KEYS = ("base", "description", "experiment", "run_root", "smoke", "stages", "sweep")
 
+ON_COMMAND_LINE = ("experiment", "run_root")
+
 # `--smoke`: two steps of everything; `stage.py` also makes sizes small. An experiment's own `smoke:` comes over this.
 SMOKE_TRAINER = {
     "max_steps": 2,
@@ -158,9 +160,14 @@ def read(files: list[str], overrides: list[Override]) -> Settings:
     for file in files:
         result = trees.merge(result, _read_with_base(Path(file), ()))
     for key, value in overrides:
-        if key in OWN_KEYS:
+        own = key.partition(".")[0]
+        if own in OWN_KEYS and own != "stages":
+            if key not in ON_COMMAND_LINE:
+                raise UserError(f"--{key}: `{own}:` belongs in a file, not on the command line")
+            if not value:
+                raise UserError(f"--{key} needs a value")
             result.data[key] = value
-            result.origins[(key,)] = "command line"
+            result.origins[(key,)] = f"--{key}"
     return result
 
 

@@ -232,7 +232,7 @@ def load_weights(model: L.LightningModule, path: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`run REQUEST...`, `bench REQUEST`, `bind REQUEST...`, `print REQUEST WORD` or `help VERB WORDS...`.
+    """`run REQUEST...`, `bench REQUEST`, `bind REQUEST...`, `print REQUEST WORD` or `help VERB WORD... -- REQUEST...`.
 
     Returns:
         The exit status.
@@ -242,7 +242,10 @@ def main(argv: list[str]) -> int:
     if what != "run":
         interrupts.leave_at_once()
     if what == "help":
-        _Help(rest[0], rest[1:])
+        from lit_gen.help import explain
+
+        cut = rest.index("--")
+        return explain(rest[0], rest[1:cut], [Run.read_request(Path(path))[2] for path in rest[cut + 1 :]])
     requests = [Run.read_request(Path(path)) for path in (rest[:1] if what == "print" else rest)]
     verb, words, run = requests[0]
     if verb != "fit":
@@ -267,17 +270,6 @@ def main(argv: list[str]) -> int:
         if lock is not None:
             lock.close()
     return command.pause.status
-
-
-class _Help(Command):
-    """Prints the parser's own help and exits."""
-
-    def __init__(self, verb: str, words: list[str]) -> None:
-        self.words = words
-        super().__init__(verb, [], [])
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        parser.parse_args([self.verb, *self.words])
 
 
 class Binding(Command):

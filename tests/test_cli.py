@@ -52,17 +52,50 @@ def test_list_tells_what_each_experiment_is(here: Path, capsys: pytest.CaptureFi
 
 
 def test_help_explains_every_key(lit_gen: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        lit_gen("fit", "--help")
-    assert stop.value.code == 0
+    assert lit_gen("fit", "--help") == 0
     text = capsys.readouterr().out
     keys = ("stages:", "init_from:", "validate_first:", "--fresh", "--stage ", "vars:", "base:", "description:")
     for key in (*keys, "--trainer.max_steps", "--checkpoint.every_n_steps", "optimizer steps between saves"):
         assert key in text, key
-    with pytest.raises(SystemExit):
-        lit_gen("fit", "--model.help", "toy.Regression")
+    assert lit_gen("fit", "--model.help", "toy.Regression") == 0
     text = capsys.readouterr().out
     assert "--model.sgd.lr" in text and "learning rate" in text
+
+
+def test_help_explains_the_classes_of_the_files(
+    lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over = "trainer: {callbacks: [{class_path: lit_gen.callbacks.ema.EMA}, {class_path: EarlyStopping}]}\n"
+    toy.with_name("over.yaml").write_text(over)
+    assert lit_gen("fit", "-c", "toy.yaml", "-c", "over.yaml", "--help") == 0
+    text = capsys.readouterr().out
+    of_callbacks = ("--trainer.callbacks.decay", "--trainer.callbacks.monitor")
+    for key in ("--trainer.max_steps", "size of the inputs", "--data.batches", *of_callbacks):
+        assert key in text, key
+    assert text.count("model = toy.Regression") == 1  # though both stages have it
+    assert lit_gen("fit", "-c", "toy.yaml", "--data.help") == 0
+    text = capsys.readouterr().out
+    assert "--data.batches" in text and "--model.width" not in text and "--trainer.max_steps" not in text
+    assert lit_gen("fit", "-c", "toy.yaml", "--speed.help") == 2
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "words", ["--base x.yaml", "--sweep", "--description x", "--sweep.seeds 3", "--experiment", "--run_root"]
+)
+def test_what_only_a_file_can_say_is_refused(
+    words: str, lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml", *words.split()) == 2
+    assert capsys.readouterr().err.startswith(f"error: {words.split()[0]}")
+    assert not Path("runs").exists()
+
+
+def test_switches_can_be_switched_off() -> None:
+    assert cli.parse(["--fresh=false", "--smoke=no"])[1] == {"fresh": False, "smoke": False}
+    assert cli.parse(["--fresh", "--smoke=true"])[1] == {"fresh": True, "smoke": True}
+    with pytest.raises(UserError, match="--fresh is true or false, not `never`"):
+        cli.parse(["--fresh=never"])
 
 
 def test_print_config_is_a_config(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lit_gen import cli, experiment
+from lit_gen import cli
 from lit_gen.check.report import Report, bytes_of
 from lit_gen.errors import UserError, nearest
 from lit_gen.experiment import Run
@@ -26,8 +26,7 @@ def main(argv: list[str]) -> int:
     files, options, overrides = cli.parse(argv)
     if not files:
         raise UserError("check needs an experiment: -c FILE (`python -m lit_gen list` names those here)")
-    stage, smoke = options.get("stage"), bool(options.get("smoke"))
-    runs = experiment.select(experiment.runs(files, overrides, smoke), stage if isinstance(stage, str) else None)
+    runs = cli.chosen(files, options, overrides)
     reports = [Report(run) for run in runs]
     mistakes = _bind(reports)
     for report in reports:
