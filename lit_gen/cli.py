@@ -93,6 +93,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `lit_gen list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -91,6 +91,16 @@ def test_what_only_a_file_can_say_is_refused(
     assert not Path("runs").exists()
 
 
+def test_a_file_in_the_place_of_a_folder_is_one_line(
+    lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml", "--run_root", "toy.yaml") == 2
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", "--trainer.max_steps", "1") == 0
+    capsys.readouterr()
+    assert lit_gen("export", "-c", "toy.yaml", "--stage", "one", "--out", "toy.yaml") == 2
+    assert capsys.readouterr().err == "error: toy.yaml: File exists\n"
+
+
 def test_switches_can_be_switched_off() -> None:
     assert cli.parse(["--fresh=false", "--smoke=no"])[1] == {"fresh": False, "smoke": False}
     assert cli.parse(["--fresh", "--smoke=true"])[1] == {"fresh": True, "smoke": True}

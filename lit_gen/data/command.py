@@ -91,7 +91,9 @@ def _verify(argv: list[str]) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if not problems:
-        print(f"{shards.source}: {len(shards)} samples in {len(shards.shards)} shards, all as the index says")
+        indexed = all(shard.sha256 for shard in shards.shards)
+        whole = "all as the index says" if indexed else "all whole; there is no index with checksums to compare with"
+        print(f"{shards.source}: {len(shards)} samples in {len(shards.shards)} shards, {whole}")
     return 2 if problems else 0
 
 
