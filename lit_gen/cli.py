@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lit_gen import experiment, interrupts
+from lit_gen import experiment, interrupts, usage
 from lit_gen import settings as trees
 from lit_gen.errors import UserError, nearest
 from lit_gen.experiment import Changes, Override, Run
@@ -45,39 +45,6 @@ VERBS = {
 }
 
 SWITCHES = ("fresh", "help", "print_config", "smoke")
-
-OPTIONS = """\
--c FILE               an experiment; may be given several times, later files win
---a.b.c VALUE         one setting, over all files, in every stage
---stages.NAME.a.b VALUE   the same for one stage
---stage NAME          run this stage only
---fresh               start over; the old run is moved aside, not deleted
---experiment NAME     name of the run folder (default: the name of the last file)
---run_root DIR        where run folders live (default: runs)
---prompt TEXT, --style FILE, ...   (predict) fill the model's lists `prompts`, `styles`, ...
---smoke               two small steps of every stage, in runs/smoke, to see that all of it works
---print_config        print the merged settings of every stage and stop
---help                this text, and every setting with its meaning
-"""
-
-FILE_KEYS = """\
-keys of an experiment file:
-  description: TEXT   one line for `list`
-  base: [FILES]       files merged before this one, relative to it
-  experiment: NAME    name of the run folder
-  run_root: DIR       where run folders live
-  stages: {NAME: SETTINGS, ...}   run in order, each merged over the rest of the file and started
-                      from the weights of the stage before
-  init_from: FILE     checkpoint whose weights a run starts from; null for none
-  validate_first: BOOL    validate before training too, kept as "before" in metrics.json
-  vars: {NAME: VALUE}     free values for ${vars.NAME}
-  smoke: SETTINGS     merged over all others by --smoke
-  sweep: {...}        arms and seeds of `python -m lit_gen sweep -c FILE`
-  checkpoint: {...}   how often to save and what to keep
-  speed: {peak_tflops: X}     what the device can do, to show the share of it in use (MFU)
-  seed_everything, trainer, model, data   as in Lightning's command line
-  NAME+: [ITEMS]      appends to a list that another file gave, e.g. `callbacks+:`
-"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,6 +75,9 @@ def _dispatch(argv: list[str]) -> int:
     if verb == "stage":  # how this file starts a child
         interrupts.die_with_parent()
         return importlib.import_module("lit_gen.stage").main(rest)
+    if verb in usage.OF and ("-h" in rest or "--help" in rest):  # the others' modules know better, and take longer
+        print(usage.OF[verb])
+        return 0
     if verb == "list":
         return _list(rest)
     if verb == "bench":
@@ -123,7 +93,7 @@ def _dispatch(argv: list[str]) -> int:
 
 def _usage() -> str:
     verbs = "\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items())
-    options = "\n".join(f"  {line}" for line in OPTIONS.splitlines())
+    options = "\n".join(f"  {line}" for line in usage.OPTIONS.splitlines())
     return (
         f"usage: python -m lit_gen VERB [options]\n\nverbs:\n{verbs}\n\n"
         f"options of fit, validate, test, predict, check:\n{options}\n\n"
@@ -177,6 +147,7 @@ def parse(argv: list[str]) -> tuple[list[str], Options, list[Override]]:
         given: str | None = value if equals else None
         if given is None and key not in SWITCHES and words and not words[0].startswith("--"):
             given = words.pop(0)
+        given = given and trees.at_home(given)
         if key in ("config", "stage"):
             if not given:
                 raise UserError(f"--{key} needs a {'file' if key == 'config' else 'name'}")
@@ -241,7 +212,10 @@ def _help(verb: str, files: list[str], options: Options, overrides: list[Overrid
     rest = [override for override in overrides if override not in asked]
     runs = chosen(files, options, rest) if files else []
     if not asked:
-        print(f"usage: python -m lit_gen {verb} -c FILE [options]\n\n{OPTIONS}\n{FILE_KEYS}\nsettings:", flush=True)
+        print(
+            f"usage: python -m lit_gen {verb} -c FILE [options]\n\n{usage.OPTIONS}\n{usage.FILE_KEYS}\nsettings:",
+            flush=True,
+        )
     with tempfile.TemporaryDirectory() as folder:
         copies = [dataclasses.replace(run, folder=Path(folder) / str(i)) for i, run in enumerate(runs)]
         requests = [str(copy.write_request(verb, argv)) for copy in copies]

@@ -26,6 +26,10 @@ ROOT = Path(__file__).parents[1]
         (["list"], 0, "experiments/base/autoencoder.yaml"),
         (["fti"], 2, "did you mean `fit`?"),
         (["fit"], 2, "-c FILE"),
+        (["check", "--help"], 0, "usage: python -m lit_gen check -c FILE"),
+        (["export", "-h"], 0, "--format safetensors|checkpoint"),
+        (["list", "--help"], 0, "usage: python -m lit_gen list"),
+        (["cache", "--help"], 0, "--task I/N"),
     ],
 )
 def test_the_front_door_is_quick(words: list[str], code: int, said: str) -> None:
@@ -158,6 +162,16 @@ def test_values_are_what_they_look_like(here: Path) -> None:
     assert experiment.read(["a.yaml"], []).data == {
         "a": 1e-4, "b": "00:08:30", "c": "2024-01-01", "d": True, "e": 16, "f": "010", "g": 1000, "h": None,
     }  # fmt: skip
+
+
+def test_paths_at_home(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    write(here, a="run_root: ~/runs\ndata: {train: ~/set, val: ~}\n")
+    (run,) = experiment.runs(["a.yaml"], [])
+    assert str(run.folder) == "/home/me/runs/a" and run.settings.data == {
+        "data": {"train": "/home/me/set", "val": None}
+    }
+    assert cli.parse(["--model.base=~/sd", "--x", "~y"])[2] == [("model.base", "/home/me/sd"), ("x", "~y")]
 
 
 def test_stages_of_several_files(here: Path) -> None:

@@ -11,6 +11,7 @@ from lit_gen.data import story_commands
 from lit_gen.data.shards import ShardSet
 from lit_gen.data.split import Paused, Task
 from lit_gen.errors import UserError
+from lit_gen.usage import TASK_HELP
 
 _USAGE = """\
 python -m lit_gen data -c data/x.yaml [-c …] [--task I/N] [--workers N] [--device cpu|cuda] [--force]
@@ -18,9 +19,6 @@ python -m lit_gen data -c data/x.yaml [-c …] [--task I/N] [--workers N] [--dev
        python -m lit_gen data pack-stories ANNOTATIONS.json --videos FOLDER --out data/shards/mine [--captions FILE]
        python -m lit_gen data describe ANNOTATIONS.json --model FOLDER --out captions.jsonl
        python -m lit_gen data verify SET"""
-
-
-TASK_HELP = "part of the shards to write, 0/N to N-1/N (default: this process's part of its SLURM array, else all)"
 
 
 def main(argv: list[str]) -> int:
