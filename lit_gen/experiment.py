@@ -47,9 +47,8 @@ HARMLESS = (
     "trainer.num_nodes",
     "trainer.profiler",
     "trainer.strategy",
-    "data.init_args.cache",  # and cached
-    "data.init_args.workers",
 )
+HARMLESS_OF_DATA = ("workers", "cached", "cache_folder")  # of any data module, also of one within another
 LENGTH = ("trainer.max_steps", "trainer.max_epochs")
 
 Override = tuple[str, str | None]  # dotted key and value as typed; None for a bare switch
@@ -149,7 +148,7 @@ class Run:
         for key in sorted(old.keys() | new.keys()):
             was = [values[key] for values in (old, resolved) if key in values]
             # Spelling a default out is no change; leaving out what was chosen is one.
-            if (new[key] not in was if key in new else key in old) and not key.startswith(HARMLESS):
+            if (new[key] not in was if key in new else key in old) and not _is_harmless(key):
                 changed[key] = (was[0] if was else None, new.get(key))
         return changed
 
@@ -190,7 +189,7 @@ def runs(files: list[str], overrides: list[Override], smoke: bool = False) -> li
             stage = parts[1] if len(parts) > 1 else ""
             raise UserError(f"--{key}: there is no stage `{stage}`{nearest(stage, stages)}{_among(stages)}")
 
-    name = str(merged.data.get("experiment") or Path(files[-1]).stem)
+    name = str(merged.data.get("experiment") or Path(files[0]).stem)
     if not re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*", name):
         raise UserError(f"{merged.origin(('experiment',))}: `experiment: {name}` cannot be the name of a folder")
     seed = next((value for key, value in reversed(overrides) if key == "seed_everything"), None)
@@ -312,6 +311,11 @@ def _of_the_job() -> str:
     """A suffix that all tasks of a job agree on and no other job has; none for a command that runs alone."""
     several = int(os.environ.get("SLURM_NTASKS", 1)) > 1  # none of them may empty the folder under the others
     return f"-job{os.environ['SLURM_JOB_ID']}" if several else ""
+
+
+def _is_harmless(key: str) -> bool:
+    of_data = key.startswith("data.") and key.rpartition(".")[2] in HARMLESS_OF_DATA
+    return of_data or key.startswith(HARMLESS)
 
 
 def _with_init_args(key: str) -> str:

@@ -255,7 +255,7 @@ def main(argv: list[str]) -> int:
     if what == "bind":
         Binding(verb, [r for _, _, r in requests])
         return 0
-    lock = _lock(run.folder)
+    lock = _lock(run.folder) if verb == "fit" else None  # the others read a whole checkpoint, also of a run in training
     if what == "bench":
         from lit_gen.measure import Bench as kind
     else:

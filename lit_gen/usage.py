@@ -10,7 +10,7 @@ OPTIONS = """\
 --stages.NAME.a.b VALUE   the same for one stage
 --stage NAME          run this stage only
 --fresh               start over; the old run is moved aside, not deleted
---experiment NAME     name of the run folder (default: the name of the last file)
+--experiment NAME     name of the run folder (default: the name of the first file)
 --run_root DIR        where run folders live (default: runs)
 --prompt TEXT, --style FILE, ...   (predict) fill the model's lists `prompts`, `styles`, ...
 --smoke               two small steps of every stage, in runs/smoke, to see that all of it works

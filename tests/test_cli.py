@@ -164,6 +164,18 @@ def test_values_are_what_they_look_like(here: Path) -> None:
     }  # fmt: skip
 
 
+def test_workers_of_any_data_module_are_no_other_setting(here: Path) -> None:
+    for workers in (0, 4):
+        inner = (
+            f"{{class_path: m.I, init_args: {{workers: {workers}, cached: float{16 + 4 * workers}, size: {workers}}}}}"
+        )
+        write(here, a=f"data: {{class_path: m.D, init_args: {{workers: {workers}, images: {inner}}}}}\n")
+        (run,) = experiment.runs(["a.yaml"], [])
+        if not workers:
+            run.write_request("fit", [])
+    assert run.changes() == {"data.init_args.images.init_args.size": (0, 4)}
+
+
 def test_paths_at_home(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     write(here, a="run_root: ~/runs\ndata: {train: ~/set, val: ~}\n")
@@ -187,5 +199,5 @@ def test_stages_of_several_files(here: Path) -> None:
 def test_interpolation_reads_vars(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(toy.parent, over="vars: {rate: 0.5}\nmodel: {init_args: {sgd: {lr: '${vars.rate}'}}}\nstages: {two: null}\n")
     assert lit_gen("fit", "-c", "toy.yaml", "-c", "over.yaml", "--vars.rate", "0.25", "--trainer.max_steps", "1") == 0
-    config = yaml.safe_load(Path("runs/over/one/config.yaml").read_text())
+    config = yaml.safe_load(Path("runs/toy/one/config.yaml").read_text())
     assert config["model"]["init_args"]["sgd"]["lr"] == 0.25

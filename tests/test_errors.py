@@ -164,7 +164,7 @@ def test_several_mistakes_are_listed_together(lit_gen: Command, toy: Path, capsy
     for part in ("over.yaml:1", "over.yaml:3", "over.yaml:6", "--data.batchez"):
         assert sum(part in line for line in lines) == 1, lines
     assert len(lines) == 4
-    assert not Path("runs/over/one/checkpoints").exists()  # a mistake in stage two shows before stage one is run
+    assert not Path("runs/toy/one/checkpoints").exists()  # a mistake in stage two shows before stage one is run
 
 
 def test_what_is_right_is_let_through(lit_gen: Command, toy: Path) -> None:

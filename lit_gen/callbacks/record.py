@@ -130,7 +130,12 @@ class Record(L.Callback):
 
     def _write(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
-            if trainer.state.fn == "fit" or trainer.global_step > 0:  # else it has not trained and knows no step
+            theirs = read_json(self.folder / "metrics.json") or {}  # a run may be tested while it trains
+            trains = trainer.state.fn == "fit" or trainer.global_step > 0  # else it knows no step
+            own = self.metrics.keys() - {"test"} if trains else self.metrics.keys() & {str(trainer.state.fn.value)}
+            kept = {"test"} if trains else theirs.keys() - own
+            self.metrics = {k: self.metrics[k] for k in own} | {k: theirs[k] for k in kept if k in theirs}
+            if trains:
                 clock = {"step": trainer.global_step, "samples": self.samples, "seconds": round(self.seconds, 2)}
                 self.metrics |= clock
             order = ("step", "samples", "seconds", "before", "validate", "test", "train", "history")
