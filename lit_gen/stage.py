@@ -237,7 +237,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    _quieten()
+    quieten()
     what, *rest = argv
     if what != "run":
         interrupts.leave_at_once()
@@ -357,7 +357,7 @@ def _lock(folder: Path) -> TextIO | None:
     raise UserError(f"{folder}: another process is using this run folder")
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep Lightning's tables and tips off the screen; warnings stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

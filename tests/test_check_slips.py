@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +71,16 @@ def test_a_slip_is_told_beside_what_else_is_wrong(
     assert sum(f"error: a.yaml:{line}: " in text and said in text for text in lines) == 1, captured.err
     assert sum("did you mean `small.yaml`" in text or "small.yaml" in text for text in lines) == 1, captured.err
     assert len(lines) == 2 and "2 problems found" in captured.out, captured.err
+
+
+def test_nothing_else_is_printed(here_is_a_set: Path) -> None:
+    here_is_a_set.write_text(SETTINGS.format(**GOOD))
+    tests = Path(test_errors.__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"}
+    words = [sys.executable, "-m", "lit_gen", "check", "-c", "a.yaml"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.startswith("a: Regression") and "GPU available" not in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("change", [{"trainer": "3"}, {"data": "3"}, {"data.init_args": "3"}, {"batch_size": "0"}])

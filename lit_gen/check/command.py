@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 def _bind(reports: list[Report]) -> list[str]:
     """Give each report the settings of its run; returns the mistakes in those of all runs."""
     from lit_gen.mistakes import sound, with_overrides  # heavy, so only now that the files themselves are in order
-    from lit_gen.stage import Binding
+    from lit_gen.stage import Binding, quieten
 
     class Lenient(Binding):
         def __init__(self, runs: list[Run]) -> None:
@@ -59,6 +59,7 @@ def _bind(reports: list[Report]) -> list[str]:
         def refuse(self, mistakes: list[str]) -> None:
             self.mistakes = mistakes
 
+    quieten()
     binding = Lenient([report.run for report in reports])
     for report in reports:
         try:
