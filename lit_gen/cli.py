@@ -16,9 +16,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lit_gen import experiment, interrupts
+from lit_gen import experiment, interrupts, usage
+from lit_gen import settings as trees
 from lit_gen.errors import UserError, nearest
 from lit_gen.experiment import Changes, Override, Run
+
+Options = dict[str, str | bool]
 
 TRAINER_VERBS = {
     "fit": "run every stage of an experiment, resuming what was interrupted",
@@ -43,39 +46,6 @@ VERBS = {
 
 SWITCHES = ("fresh", "help", "print_config", "smoke")
 
-OPTIONS = """\
--c FILE               an experiment; may be given several times, later files win
---a.b.c VALUE         one setting, over all files, in every stage
---stages.NAME.a.b VALUE   the same for one stage
---stage NAME          run this stage only
---fresh               start over; the old run is moved aside, not deleted
---experiment NAME     name of the run folder (default: the name of the last file)
---run_root DIR        where run folders live (default: runs)
---prompt TEXT, --style FILE, ...   (predict) fill the model's lists `prompts`, `styles`, ...
---smoke               two small steps of every stage, in runs/smoke, to see that all of it works
---print_config        print the merged settings of every stage and stop
---help                this text, and every setting with its meaning
-"""
-
-FILE_KEYS = """\
-keys of an experiment file:
-  description: TEXT   one line for `list`
-  base: [FILES]       files merged before this one, relative to it
-  experiment: NAME    name of the run folder
-  run_root: DIR       where run folders live
-  stages: {NAME: SETTINGS, ...}   run in order, each merged over the rest of the file and started
-                      from the weights of the stage before
-  init_from: FILE     checkpoint whose weights a run starts from; null for none
-  validate_first: BOOL    validate before training too, kept as "before" in metrics.json
-  vars: {NAME: VALUE}     free values for ${vars.NAME}
-  smoke: SETTINGS     merged over all others by --smoke
-  sweep: {...}        arms and seeds of `python -m lit_gen sweep -c FILE`
-  checkpoint: {...}   how often to save and what to keep
-  speed: {peak_tflops: X}     what the device can do, to show the share of it in use (MFU)
-  seed_everything, trainer, model, data   as in Lightning's command line
-  NAME+: [ITEMS]      appends to a list that another file gave, e.g. `callbacks+:`
-"""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns the exit status (2 for errors that are the user's to fix)."""
@@ -90,6 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `lit_gen list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -100,6 +75,9 @@ def _dispatch(argv: list[str]) -> int:
     if verb == "stage":  # how this file starts a child
         interrupts.die_with_parent()
         return importlib.import_module("lit_gen.stage").main(rest)
+    if verb in usage.OF and ("-h" in rest or "--help" in rest):  # the others' modules know better, and take longer
+        print(usage.OF[verb])
+        return 0
     if verb == "list":
         return _list(rest)
     if verb == "bench":
@@ -115,7 +93,7 @@ def _dispatch(argv: list[str]) -> int:
 
 def _usage() -> str:
     verbs = "\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items())
-    options = "\n".join(f"  {line}" for line in OPTIONS.splitlines())
+    options = "\n".join(f"  {line}" for line in usage.OPTIONS.splitlines())
     return (
         f"usage: python -m lit_gen VERB [options]\n\nverbs:\n{verbs}\n\n"
         f"options of fit, validate, test, predict, check:\n{options}\n\n"
@@ -147,14 +125,14 @@ def _bench(argv: list[str]) -> int:
     return importlib.import_module(f"lit_gen.{argv[0]}.bench").main(argv[1:]) or 0
 
 
-def parse(argv: list[str]) -> tuple[list[str], dict[str, str | bool], list[Override]]:
+def parse(argv: list[str]) -> tuple[list[str], Options, list[Override]]:
     """Split a command line -> (files, options of ours, overrides in order).
 
     Raises:
         UserError: a word that belongs to no option.
     """
     files: list[str] = []
-    options: dict[str, str | bool] = {}
+    options: Options = {}
     overrides: list[Override] = []
     words = list(argv)
     while words:
@@ -169,6 +147,7 @@ def parse(argv: list[str]) -> tuple[list[str], dict[str, str | bool], list[Overr
         given: str | None = value if equals else None
         if given is None and key not in SWITCHES and words and not words[0].startswith("--"):
             given = words.pop(0)
+        given = given and trees.at_home(given)
         if key in ("config", "stage"):
             if not given:
                 raise UserError(f"--{key} needs a {'file' if key == 'config' else 'name'}")
@@ -176,11 +155,20 @@ def parse(argv: list[str]) -> tuple[list[str], dict[str, str | bool], list[Overr
                 files.append(given)
             else:
                 options["stage"] = given
+        elif key in ("fresh", "smoke"):
+            options[key] = _yes(key, given)
         elif key in SWITCHES:
             options[key] = given or True
         else:
             overrides.append((key, given))
     return files, options, overrides
+
+
+def _yes(key: str, given: str | None) -> bool:
+    value = True if given is None else trees.parse_value(given)
+    if not isinstance(value, bool):
+        raise UserError(f"--{key} is true or false, not `{given}`")
+    return value
 
 
 def as_words(overrides: list[Override]) -> list[str]:
@@ -192,15 +180,12 @@ def _run(verb: str, argv: list[str]) -> int:
     if verb == "predict":
         overrides = _fill_lists(overrides)
     if options.get("help") or any(key.endswith(".help") for key, _ in overrides):
-        print(f"usage: python -m lit_gen {verb} -c FILE [options]\n\n{OPTIONS}\n{FILE_KEYS}\nsettings:", flush=True)
-        words = ["--help"] if options.get("help") else as_words(overrides)
-        return launch(["help", verb, *words])
+        return _help(verb, files, options, overrides, argv)
     if not files:
         raise UserError(f"{verb} needs an experiment: -c FILE (`python -m lit_gen list` names those here)")
-    smoke = bool(options.get("smoke"))
-    runs = experiment.select(experiment.runs(files, overrides, smoke), _text(options.get("stage")))
+    runs = chosen(files, options, overrides)
     for run in runs:
-        _refuse_own_folder(run)
+        refuse_own_folder(run)
     if options.get("print_config"):
         for run in runs:
             print(f"# {run.name}", flush=True)
@@ -212,12 +197,29 @@ def _run(verb: str, argv: list[str]) -> int:
         return 0
     if verb != "fit":
         return _measure(verb, runs[-1], argv)
-    if smoke:
+    if options.get("smoke"):
         for run in runs:
             shutil.rmtree(run.folder, ignore_errors=True)
     # SLURM requeues a job with the words it was submitted with: only its first start is meant.
     fresh = bool(options.get("fresh")) and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0
     return _fit(runs, argv, fresh)
+
+
+def _help(verb: str, files: list[str], options: Options, overrides: list[Override], argv: list[str]) -> int:
+    """Explain every setting, with files also those of the classes they name; `--KEY.help` those of one class."""
+    asked = [(key, value) for key, value in overrides if key.endswith(".help")]
+    words = as_words(asked) if asked else ["--help"]
+    rest = [override for override in overrides if override not in asked]
+    runs = chosen(files, options, rest) if files else []
+    if not asked:
+        print(
+            f"usage: python -m lit_gen {verb} -c FILE [options]\n\n{usage.OPTIONS}\n{usage.FILE_KEYS}\nsettings:",
+            flush=True,
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        copies = [dataclasses.replace(run, folder=Path(folder) / str(i)) for i, run in enumerate(runs)]
+        requests = [str(copy.write_request(verb, argv)) for copy in copies]
+        return launch(["help", verb, *words, "--", *requests])
 
 
 def _fit(runs: list[Run], argv: list[str], fresh: bool) -> int:
@@ -241,7 +243,7 @@ def _fit(runs: list[Run], argv: list[str], fresh: bool) -> int:
         _say(f"{names}: finished, but from earlier weights of {waiting[0].name}; --stage NAME --fresh redoes it")
     requests = [str(run.write_request("fit", argv)) for run in waiting]
     for i, run in enumerate(waiting):
-        status = interrupts.status(run.effective().get("trainer.max_time") if i > 0 else None)
+        status = interrupts.status(run.time_limit() if i > 0 else None)
         if status and _tasks() == 1:  # several agree within the stage, or some would wait for the others there
             return _paused(run, status)
         # The first child also binds the settings of the stages after it: a mistake there shows now, not in an hour.
@@ -354,7 +356,8 @@ def _paused(run: Run, status: int) -> int:
     return 0 if status == interrupts.OUT_OF_TIME else status
 
 
-def _refuse_own_folder(run: Run) -> None:
+def refuse_own_folder(run: Run) -> None:
+    """UserError where a run is to write elsewhere than into its folder."""
     path = ("trainer", "default_root_dir")
     given = [f"--{key}" for key, _ in run.overrides if key == ".".join(path)]
     if path in run.settings.origins and run.settings.data["trainer"]["default_root_dir"] is not None:
@@ -365,5 +368,8 @@ def _refuse_own_folder(run: Run) -> None:
         )
 
 
-def _text(value: str | bool | None) -> str | None:
-    return value if isinstance(value, str) else None
+def chosen(files: list[str], options: Options, overrides: list[Override]) -> list[Run]:
+    """The runs that a command line asks for."""
+    stage = options.get("stage")
+    runs = experiment.runs(files, overrides, bool(options.get("smoke")))
+    return experiment.select(runs, stage if isinstance(stage, str) else None)

@@ -14,6 +14,13 @@ class ShardError(UserError):
     """A set of shards is missing, incomplete or not readable."""
 
 
+def at_least(least: float, **values: float | None) -> None:
+    """UserError for the first of the settings that is smaller; None stands for one that was not made."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UserError(f"`{name}` must be at least {least}, not {value}")
+
+
 def nearest(wrong: str, names: Iterable[str]) -> str:
     """', did you mean `right`?' where a name is close to `wrong`, else ''."""
     names = [str(n) for n in names]

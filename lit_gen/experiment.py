@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_gen import interrupts
 from lit_gen import settings as trees
 from lit_gen.errors import UserError, nearest
+from lit_gen.files import read_json, write_whole
 from lit_gen.settings import Settings
 
 # Keys of an experiment that this file understands; everything else goes to the parser of `stage.py`.
 OWN_KEYS = ("base", "description", "experiment", "run_root", "smoke", "stages", "sweep")
+
+ON_COMMAND_LINE = ("experiment", "run_root")
 
 # `--smoke`: two steps of everything; `stage.py` also makes sizes small. An experiment's own `smoke:` comes over this.
 SMOKE_TRAINER = {
@@ -43,9 +47,8 @@ HARMLESS = (
     "trainer.num_nodes",
     "trainer.profiler",
     "trainer.strategy",
-    "data.init_args.cache",  # and cached
-    "data.init_args.workers",
 )
+HARMLESS_OF_DATA = ("workers", "cached", "cache_folder")  # of any data module, also of one within another
 LENGTH = ("trainer.max_steps", "trainer.max_epochs")
 
 Override = tuple[str, str | None]  # dotted key and value as typed; None for a bare switch
@@ -101,10 +104,7 @@ class Run:
             "smoke": self.smoke,
             "origins": [[list(key), where] for key, where in self.settings.origins.items()],
         }
-        # Tasks of one job all write it, and on two nodes they may have the same process id.
-        temporary = path.with_name(f"{path.name}.{os.environ.get('SLURM_PROCID', 0)}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(request, indent=1))
-        temporary.replace(path)
+        write_whole(path, json.dumps(request, indent=1))
         return path
 
     @staticmethod
@@ -126,9 +126,20 @@ class Run:
             flat[_with_init_args(key)] = True if value is None else trees.parse_value(value)
         return flat
 
+    def time_limit(self) -> float | None:
+        """`trainer.max_time` in seconds; None where there is none, or where only the parser knows it."""
+        settings = self.effective()
+        limit = settings.get("trainer.max_time")
+        for _ in range(len(settings)):  # of references to references
+            if reference := re.fullmatch(r"\$\{([\w.]+)\}", str(limit)):
+                limit = settings.get(reference[1])
+        units = {key.rpartition(".")[2]: v for key, v in settings.items() if key.startswith("trainer.max_time.")}
+        limit = units or limit
+        return None if limit is None or "${" in str(limit) else interrupts.seconds(limit)
+
     def changes(self) -> Changes:
         """Settings that differ, in ways that matter, from those this run was last asked for."""
-        if not self.request("fit").is_file():
+        if read_json(self.request("fit")) is None:
             return {}
         old, new = self.read_request(self.request("fit"))[2].effective(), self.effective()
         config = self.folder / "config.yaml"
@@ -137,7 +148,7 @@ class Run:
         for key in sorted(old.keys() | new.keys()):
             was = [values[key] for values in (old, resolved) if key in values]
             # Spelling a default out is no change; leaving out what was chosen is one.
-            if (new[key] not in was if key in new else key in old) and not key.startswith(HARMLESS):
+            if (new[key] not in was if key in new else key in old) and not _is_harmless(key):
                 changed[key] = (was[0] if was else None, new.get(key))
         return changed
 
@@ -148,9 +159,14 @@ def read(files: list[str], overrides: list[Override]) -> Settings:
     for file in files:
         result = trees.merge(result, _read_with_base(Path(file), ()))
     for key, value in overrides:
-        if key in OWN_KEYS:
+        own = key.partition(".")[0]
+        if own in OWN_KEYS and own != "stages":
+            if key not in ON_COMMAND_LINE:
+                raise UserError(f"--{key}: `{own}:` belongs in a file, not on the command line")
+            if not value:
+                raise UserError(f"--{key} needs a value")
             result.data[key] = value
-            result.origins[(key,)] = "command line"
+            result.origins[(key,)] = f"--{key}"
     return result
 
 
@@ -173,7 +189,7 @@ def runs(files: list[str], overrides: list[Override], smoke: bool = False) -> li
             stage = parts[1] if len(parts) > 1 else ""
             raise UserError(f"--{key}: there is no stage `{stage}`{nearest(stage, stages)}{_among(stages)}")
 
-    name = str(merged.data.get("experiment") or Path(files[-1]).stem)
+    name = str(merged.data.get("experiment") or Path(files[0]).stem)
     if not re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*", name):
         raise UserError(f"{merged.origin(('experiment',))}: `experiment: {name}` cannot be the name of a folder")
     seed = next((value for key, value in reversed(overrides) if key == "seed_everything"), None)
@@ -295,6 +311,11 @@ def _of_the_job() -> str:
     """A suffix that all tasks of a job agree on and no other job has; none for a command that runs alone."""
     several = int(os.environ.get("SLURM_NTASKS", 1)) > 1  # none of them may empty the folder under the others
     return f"-job{os.environ['SLURM_JOB_ID']}" if several else ""
+
+
+def _is_harmless(key: str) -> bool:
+    of_data = key.startswith("data.") and key.rpartition(".")[2] in HARMLESS_OF_DATA
+    return of_data or key.startswith(HARMLESS)
 
 
 def _with_init_args(key: str) -> str:

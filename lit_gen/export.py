@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lit_gen import cli, experiment
+from lit_gen import cli
 from lit_gen.errors import UserError, nearest
 from lit_gen.experiment import Run
 
@@ -30,9 +30,7 @@ def main(argv: list[str]) -> int:
     if kind not in FORMATS:
         raise UserError(f"--format {kind}: {' or '.join(FORMATS)}{nearest(kind, FORMATS)}")
     overrides = [(key, value) for key, value in overrides if key in given]
-    runs = experiment.runs(files, overrides, bool(options.get("smoke")))
-    stage = options.get("stage")
-    run = experiment.select(runs, stage if isinstance(stage, str) else None)[-1]
+    run = cli.chosen(files, options, overrides)[-1]
 
     from lit_gen.callbacks.checkpoint import newest  # heavy, so only now that the files themselves are in order
     from lit_gen.callbacks.record import provenance

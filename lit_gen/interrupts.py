@@ -78,7 +78,11 @@ def seconds(limit: str | timedelta | dict[str, int]) -> float:
     if isinstance(limit, timedelta):
         return limit.total_seconds()
     if isinstance(limit, dict):
-        return timedelta(**limit).total_seconds()
+        try:
+            return timedelta(**limit).total_seconds()
+        except TypeError:
+            units = "weeks, days, hours, minutes, seconds"
+            raise UserError(f"trainer.max_time: {limit} is not a time; its units are {units}") from None
     if not re.fullmatch(r"(\d+:)?\d+:\d\d:\d\d", limit):
         raise UserError(f"trainer.max_time: `{limit}` is not a time; write HH:MM:SS or DD:HH:MM:SS")
     days, hours, minutes, secs = (int(part) for part in ("0:" * (3 - limit.count(":")) + limit).split(":"))
@@ -90,12 +94,12 @@ def start_clock() -> None:
     os.environ["LIT_GEN_STARTED"] = str(time.time())
 
 
-def time_is_up(limit: str | timedelta | dict[str, int] | None) -> bool:
-    """Whether the command has run longer than `trainer.max_time`, imports and data building included."""
-    return limit is not None and time.time() - float(os.environ.get("LIT_GEN_STARTED", time.time())) > seconds(limit)
+def time_is_up(limit: float | None) -> bool:
+    """Whether the command has run longer than so many seconds, imports and data building included."""
+    return limit is not None and time.time() - float(os.environ.get("LIT_GEN_STARTED", time.time())) > limit
 
 
-def status(limit: str | timedelta | dict[str, int] | None) -> int:
+def status(limit: float | None) -> int:
     """The exit status to stop with now, 0 to go on; of several processes' the highest is the one to agree on."""
     if received is not None:
         return PAUSED

@@ -6,6 +6,7 @@ through. So settings are first held against the signatures of the classes they n
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -24,6 +25,8 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lit_gen.callbacks.checkpoint import Checkpoint
 from lit_gen.callbacks.speed import Speed
@@ -38,7 +41,7 @@ from lit_gen.classes import (
 )
 from lit_gen.errors import nearest
 from lit_gen.experiment import Run
-from lit_gen.settings import KeyPath, Settings, merge, parse_value
+from lit_gen.settings import KeyPath, Settings, leaves, merge, parse_value
 
 ROOTS = {
     "trainer": L.Trainer,
@@ -49,13 +52,22 @@ ROOTS = {
 }
 UNPICKLING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 PLAIN_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+NOT_ZERO = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 
 
-def find(run: Run, top_level: Iterable[str]) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """A setting that does not fit: its place in the tree, and the line that says so."""
+
+    path: KeyPath
+    line: str
+
+
+def find(run: Run, top_level: Iterable[str]) -> list[Mistake]:
     """Every mistake in the settings of `run`; `top_level` names the keys that the parser knows."""
     keep_to_packages()
-    tree = with_overrides(run)
+    tree, unset = resolved(with_overrides(run))
     top_level = sorted(set(top_level))
     found = [
         _line(tree, (key,), f"there is no setting `{key}`{nearest(key, top_level)}")
@@ -71,10 +83,54 @@ def find(run: Run, top_level: Iterable[str]) -> list[str]:
             found.append(_line(tree, (name,), f"`{name}` must be a mapping of settings, not {value!r}"))
         else:
             found += _arguments(tree, (name,), value, ROOTS[name])
-    found += _strategy(tree)
+    found += _strategy(with_overrides(run))
+    found += _ranges(tree)
     if "model" not in tree.data:
-        found.append(f"{run.name}: the settings name no `model:`")
-    return list(dict.fromkeys(found))
+        found.append(Mistake(("model",), f"{run.name}: the settings name no `model:`"))
+    return list(dict.fromkeys(found + unset))
+
+
+def resolved(tree: Settings) -> tuple[Settings, list[Mistake]]:
+    """Settings with their interpolations replaced, where the files say by what; and those that refer to no `vars`."""
+    open_ones = [(path, v) for path, v in leaves(tree.data) if isinstance(v, str) and "${" in v and not _in_place(path)]
+    if not open_ones:
+        return tree, []
+    data, unset = copy.deepcopy(tree.data), []
+    for path, text in open_ones:
+        for name in re.findall(r"\$\{vars\.([^${}:]+)\}", text):
+            known = data.get("vars") or {}
+            if isinstance(known, dict) and name.split(".")[0] not in known:
+                problem = f"`{_dotted(path)}` refers to vars.{name}, which is not set{nearest(name, known)}"
+                unset.append(_line(tree, path, problem))
+        node = data
+        for key in path[:-1]:
+            node = node[key]
+        with contextlib.suppress(OmegaConfBaseException):  # to a default, say, which the parser knows
+            found: Any = OmegaConf.create(tree.data)
+            for key in path:
+                found = found[key]
+            node[path[-1]] = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+    return Settings(data, tree.origins), unset
+
+
+def _in_place(path: KeyPath) -> bool:
+    """Whether a setting that chooses code must say so itself, which an interpolation does not."""
+    return path[-1] == "class_path" or path == ("trainer", "strategy")
+
+
+def sound(run: Run, top_level: Iterable[str]) -> tuple[dict[str, Any], list[KeyPath]]:
+    """What is left of settings without their mistakes and without what cannot be resolved -> (settings, places)."""
+    tree, _ = resolved(with_overrides(run))
+    gone = [mistake.path for mistake in find(run, top_level)]
+    gone += [path for path, value in leaves(tree.data) if isinstance(value, str) and "${" in value]
+    data = copy.deepcopy(tree.data)
+    for path in gone:
+        node: Any = data
+        for key in path[:-1]:
+            node = node.get(key) if isinstance(node, dict) else None  # within a list nothing has a fixed place
+        if isinstance(node, dict):
+            node.pop(path[-1], None)
+    return data, gone
 
 
 def shorten(message: str) -> str:
@@ -87,7 +143,7 @@ def shorten(message: str) -> str:
 # -- the walk ---------------------------------------------------------------------------------------------------------
 
 
-def _subclass(tree: Settings, path: KeyPath, value: Any, base: Any) -> list[str]:
+def _subclass(tree: Settings, path: KeyPath, value: Any, base: Any) -> list[Mistake]:
     """A node that names a class: {"class_path", "init_args"} or the class path alone."""
     key = _dotted(path)
     if isinstance(value, str):
@@ -113,7 +169,9 @@ def _subclass(tree: Settings, path: KeyPath, value: Any, base: Any) -> list[str]
     return found + _arguments(tree, (*path, "init_args"), arguments or {}, cls, complete=not is_factory)
 
 
-def _arguments(tree: Settings, path: KeyPath, values: dict[str, Any], cls: type, complete: bool = True) -> list[str]:
+def _arguments(
+    tree: Settings, path: KeyPath, values: dict[str, Any], cls: type, complete: bool = True
+) -> list[Mistake]:
     """Settings of one class or dataclass."""
     signature = parameters(cls)
     if signature is None:
@@ -135,8 +193,8 @@ def _arguments(tree: Settings, path: KeyPath, values: dict[str, Any], cls: type,
     return found
 
 
-def _value(tree: Settings, path: KeyPath, value: Any, kind: Any) -> list[str]:
-    if isinstance(value, str) and "${" in value:  # an interpolation; its type shows when it is resolved
+def _value(tree: Settings, path: KeyPath, value: Any, kind: Any) -> list[Mistake]:
+    if isinstance(value, str) and "${" in value:  # an interpolation that only the parser can resolve
         return []
     if isinstance(value, dict) and "class_path" in value:
         return _subclass(tree, path, value, kind)
@@ -158,7 +216,18 @@ def _value(tree: Settings, path: KeyPath, value: Any, kind: Any) -> list[str]:
     return [_line(tree, path, f"`{_dotted(path)}` must be {_spell(kind)}, not {value!r}")]
 
 
-def _strategy(tree: Settings) -> list[str]:
+def _ranges(tree: Settings) -> list[Mistake]:
+    """Numbers that Lightning divides by without a look."""
+    trainer = tree.data.get("trainer")
+    values = {key: trainer.get(key) for key in NOT_ZERO} if isinstance(trainer, dict) else {}
+    return [
+        _line(tree, ("trainer", key), f"`trainer.{key}` must be at least 1, not {value}")
+        for key, value in values.items()
+        if type(value) is int and value < 1
+    ]
+
+
+def _strategy(tree: Settings) -> list[Mistake]:
     """Some of Lightning's strategies unpickle the checkpoints they are given, whatever `weights_only` says."""
     trainer = tree.data.get("trainer")
     value = trainer.get("strategy") if isinstance(trainer, dict) else None
@@ -211,9 +280,9 @@ def _misplaced(key: str, node: dict[str, Any]) -> str:
     return "; it belongs under `init_args`" if signature and key in signature[0] else ""
 
 
-def _line(tree: Settings, path: KeyPath, problem: str) -> str:
+def _line(tree: Settings, path: KeyPath, problem: str) -> Mistake:
     where = tree.origin(path)
-    return f"{where}: {problem}" if where else problem
+    return Mistake(path, f"{where}: {problem}" if where else problem)
 
 
 def _dotted(path: KeyPath) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -57,6 +58,11 @@ class Settings:
         while path and path not in self.origins:
             path = path[:-1]
         return self.origins.get(path, "")
+
+
+def at_home(value: Any) -> Any:
+    """A path that begins with ~/ as the shell would give it, which never sees those in files or after a `=`."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def parse_value(text: str) -> Any:
@@ -148,7 +154,7 @@ def _build(loader: _Loader, node: yaml.Node, file: str, path: KeyPath, origins: 
             origins[(*path, i)] = f"{file}:{item.start_mark.line + 1}"
         return [_build(loader, item, file, (*path, i), origins) for i, item in enumerate(node.value)]
     try:
-        return loader.construct_object(node, deep=True)
+        return at_home(loader.construct_object(node, deep=True))
     except (ValueError, KeyError):  # `!!int word`, or a number of thousands of digits
         raise UserError(f"{where}: `{node.value[:40]}` is no {node.tag.removeprefix(TAG)}") from None
 

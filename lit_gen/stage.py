@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_gen import interrupts, mistakes
-from lit_gen.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, newest, step_of
+from lit_gen.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, continued, step_of
 from lit_gen.callbacks.pause import Pause, take_over_signals
 from lit_gen.callbacks.progress import Progress
 from lit_gen.callbacks.record import Record
@@ -31,6 +31,7 @@ from lit_gen.cli import TRAINER_VERBS, as_words
 from lit_gen.data.split import Paused
 from lit_gen.errors import UserError
 from lit_gen.experiment import Run
+from lit_gen.files import write_whole
 from lit_gen.methods.base import Method
 from lit_gen.scale.zero import refuse_other
 from lit_gen.settings import leaves
@@ -108,9 +109,10 @@ class Command(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         found: list[str] = []
         self.bound: list[Namespace | None] = []
+        self.top_level = {key.split(".")[0] for key in self._parser(self.verb).get_defaults().keys()} - {"config"}
         for run in self.runs:
             try:
-                self.bound.append(bind(parser, self._parser(self.verb), self.verb, run))
+                self.bound.append(bind(parser, self.top_level, self.verb, run))
             except UserError as error:
                 self.bound.append(None)
                 found += [line for line in str(error).splitlines() if line not in found]
@@ -132,7 +134,7 @@ class Command(LightningCLI):
         run, settings = self.runs[0], self.config[self.verb]
         torch.set_float32_matmul_precision(settings.matmul_precision)
         fitting = self.verb == "fit"
-        self.resume = settings.ckpt_path or (newest(run.last.parent) if fitting else None)
+        self.resume = continued(run.last.parent, settings.ckpt_path) if fitting else settings.ckpt_path
         if settings.trainer.logger in (None, True):
             folder = run.folder if fitting else run.folder / self.verb
             # Events that a killed run wrote after the checkpoint are of steps that will be made again.
@@ -147,7 +149,10 @@ class Command(LightningCLI):
         if settings.trainer.enable_progress_bar is not False:
             callbacks.append(Progress(run.name))
         self.trainer_defaults["callbacks"] = callbacks
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except TypeError as error:  # `devices: two`
+            raise MisconfigurationException(str(error)) from error
         refuse_other(trainer.strategy)
         take_over_signals(trainer)
         return trainer
@@ -169,7 +174,7 @@ class Command(LightningCLI):
             return
         self._measure_the_end(model, kwargs)
         if self.trainer.is_global_zero:
-            run.done.write_text(json.dumps({"step": self.trainer.global_step}) + "\n")
+            write_whole(run.done, json.dumps({"step": self.trainer.global_step}) + "\n")
 
     def predict(self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> None:
         """Generate; from the model's own inputs if it has any."""
@@ -189,15 +194,14 @@ class Command(LightningCLI):
             self.trainer.validate(model, datamodule=kwargs.get("datamodule"), verbose=False)
 
 
-def bind(parser: LightningArgumentParser, subparser: LightningArgumentParser, verb: str, run: Run) -> Namespace:
-    """Hold a run's settings against the signatures they name.
+def bind(parser: LightningArgumentParser, top_level: set[str], verb: str, run: Run) -> Namespace:
+    """Hold a run's settings against the signatures they name; `top_level` are the keys that stand by themselves.
 
     Raises:
         UserError: they do not fit; one line per mistake.
     """
-    names = {key.split(".")[0] for key in subparser.get_defaults().keys()}
-    if found := mistakes.find(run, names - {"config"}):
-        raise UserError("\n".join(found))
+    if found := mistakes.find(run, top_level):
+        raise UserError("\n".join(mistake.line for mistake in found))
     words = [verb, f"--config={json.dumps(run.settings.data)}", f"--trainer.default_root_dir={run.folder}"]
     try:
         return parser.parse_args([*words, *as_words(run.overrides)])
@@ -236,17 +240,20 @@ def load_weights(model: L.LightningModule, path: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`run REQUEST...`, `bench REQUEST`, `bind REQUEST...`, `print REQUEST WORD` or `help VERB WORDS...`.
+    """`run REQUEST...`, `bench REQUEST`, `bind REQUEST...`, `print REQUEST WORD` or `help VERB WORD... -- REQUEST...`.
 
     Returns:
         The exit status.
     """
-    _quieten()
+    quieten()
     what, *rest = argv
     if what != "run":
         interrupts.leave_at_once()
     if what == "help":
-        _Help(rest[0], rest[1:])
+        from lit_gen.help import explain
+
+        cut = rest.index("--")
+        return explain(rest[0], rest[1:cut], [Run.read_request(Path(path))[2] for path in rest[cut + 1 :]])
     requests = [Run.read_request(Path(path)) for path in (rest[:1] if what == "print" else rest)]
     verb, words, run = requests[0]
     if verb != "fit":
@@ -256,7 +263,7 @@ def main(argv: list[str]) -> int:
     if what == "bind":
         Binding(verb, [r for _, _, r in requests])
         return 0
-    lock = _lock(run.folder)
+    lock = _lock(run.folder) if verb == "fit" else None  # the others read a whole checkpoint, also of a run in training
     if what == "bench":
         from lit_gen.measure import Bench as kind
     else:
@@ -266,22 +273,11 @@ def main(argv: list[str]) -> int:
     except Paused:  # while data was built
         return interrupts.PAUSED
     except Exception as error:
-        raise _as_user_error(error, run) from error
+        raise as_user_error(error, run) from error
     finally:
         if lock is not None:
             lock.close()
     return command.pause.status
-
-
-class _Help(Command):
-    """Prints the parser's own help and exits."""
-
-    def __init__(self, verb: str, words: list[str]) -> None:
-        self.words = words
-        super().__init__(verb, [], [])
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        parser.parse_args([self.verb, *self.words])
 
 
 class Binding(Command):
@@ -313,7 +309,7 @@ class _Print(Command):
         parser.parse_args([self.verb, f"--config={json.dumps(run.settings.data)}", *as_words(run.overrides), self.word])
 
 
-def _as_user_error(error: Exception, run: Run) -> Exception:
+def as_user_error(error: Exception, run: Run) -> Exception:
     """Lightning's objections to settings, and files that are not there, in one line; real bugs as they are."""
     while isinstance(error, ValueError) and "Union subtypes" in str(error) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # jsonargparse wraps what a constructor raises
@@ -346,6 +342,8 @@ def _located(message: str, run: Run) -> str:
     values = [(re.split(r"[{*?\[]", v)[0], path) for path, v in leaves(tree.data) if isinstance(v, str)]
     # A plain word may stand in a message by chance; a path hardly does.
     quoted = [(len(v), tree.origin(p)) for v, p in values if v and (v in message if "/" in v else f"'{v}'" in message)]
+    if named := re.match(r"`(\w+)` must be .*, not (\S+)$", message):  # as `errors.at_least` says it
+        quoted += [(0, tree.origin(p)) for p, v in leaves(tree.data) if p[-1] == named[1] and str(v) == named[2]]
     where = max(quoted)[1] if quoted else ""
     return message if not where or where in message else f"{where}: {message}"
 
@@ -367,7 +365,7 @@ def _lock(folder: Path) -> TextIO | None:
     raise UserError(f"{folder}: another process is using this run folder")
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep Lightning's tables and tips off the screen; warnings stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -26,6 +26,10 @@ ROOT = Path(__file__).parents[1]
         (["list"], 0, "experiments/base/autoencoder.yaml"),
         (["fti"], 2, "did you mean `fit`?"),
         (["fit"], 2, "-c FILE"),
+        (["check", "--help"], 0, "usage: python -m lit_gen check -c FILE"),
+        (["export", "-h"], 0, "--format safetensors|checkpoint"),
+        (["list", "--help"], 0, "usage: python -m lit_gen list"),
+        (["cache", "--help"], 0, "--task I/N"),
     ],
 )
 def test_the_front_door_is_quick(words: list[str], code: int, said: str) -> None:
@@ -52,17 +56,60 @@ def test_list_tells_what_each_experiment_is(here: Path, capsys: pytest.CaptureFi
 
 
 def test_help_explains_every_key(lit_gen: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        lit_gen("fit", "--help")
-    assert stop.value.code == 0
+    assert lit_gen("fit", "--help") == 0
     text = capsys.readouterr().out
     keys = ("stages:", "init_from:", "validate_first:", "--fresh", "--stage ", "vars:", "base:", "description:")
     for key in (*keys, "--trainer.max_steps", "--checkpoint.every_n_steps", "optimizer steps between saves"):
         assert key in text, key
-    with pytest.raises(SystemExit):
-        lit_gen("fit", "--model.help", "toy.Regression")
+    assert lit_gen("fit", "--model.help", "toy.Regression") == 0
     text = capsys.readouterr().out
     assert "--model.sgd.lr" in text and "learning rate" in text
+
+
+def test_help_explains_the_classes_of_the_files(
+    lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over = "trainer: {callbacks: [{class_path: lit_gen.callbacks.ema.EMA}, {class_path: EarlyStopping}]}\n"
+    toy.with_name("over.yaml").write_text(over)
+    assert lit_gen("fit", "-c", "toy.yaml", "-c", "over.yaml", "--help") == 0
+    text = capsys.readouterr().out
+    of_callbacks = ("--trainer.callbacks.decay", "--trainer.callbacks.monitor")
+    for key in ("--trainer.max_steps", "size of the inputs", "--data.batches", *of_callbacks):
+        assert key in text, key
+    assert text.count("model = toy.Regression") == 1  # though both stages have it
+    assert lit_gen("fit", "-c", "toy.yaml", "--data.help") == 0
+    text = capsys.readouterr().out
+    assert "--data.batches" in text and "--model.width" not in text and "--trainer.max_steps" not in text
+    assert lit_gen("fit", "-c", "toy.yaml", "--speed.help") == 2
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "words", ["--base x.yaml", "--sweep", "--description x", "--sweep.seeds 3", "--experiment", "--run_root"]
+)
+def test_what_only_a_file_can_say_is_refused(
+    words: str, lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml", *words.split()) == 2
+    assert capsys.readouterr().err.startswith(f"error: {words.split()[0]}")
+    assert not Path("runs").exists()
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_line(
+    lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml", "--run_root", "toy.yaml") == 2
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", "--trainer.max_steps", "1") == 0
+    capsys.readouterr()
+    assert lit_gen("export", "-c", "toy.yaml", "--stage", "one", "--out", "toy.yaml") == 2
+    assert capsys.readouterr().err == "error: toy.yaml: File exists\n"
+
+
+def test_switches_can_be_switched_off() -> None:
+    assert cli.parse(["--fresh=false", "--smoke=no"])[1] == {"fresh": False, "smoke": False}
+    assert cli.parse(["--fresh", "--smoke=true"])[1] == {"fresh": True, "smoke": True}
+    with pytest.raises(UserError, match="--fresh is true or false, not `never`"):
+        cli.parse(["--fresh=never"])
 
 
 def test_print_config_is_a_config(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +164,28 @@ def test_values_are_what_they_look_like(here: Path) -> None:
     }  # fmt: skip
 
 
+def test_workers_of_any_data_module_are_no_other_setting(here: Path) -> None:
+    for workers in (0, 4):
+        inner = (
+            f"{{class_path: m.I, init_args: {{workers: {workers}, cached: float{16 + 4 * workers}, size: {workers}}}}}"
+        )
+        write(here, a=f"data: {{class_path: m.D, init_args: {{workers: {workers}, images: {inner}}}}}\n")
+        (run,) = experiment.runs(["a.yaml"], [])
+        if not workers:
+            run.write_request("fit", [])
+    assert run.changes() == {"data.init_args.images.init_args.size": (0, 4)}
+
+
+def test_paths_at_home(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    write(here, a="run_root: ~/runs\ndata: {train: ~/set, val: ~}\n")
+    (run,) = experiment.runs(["a.yaml"], [])
+    assert str(run.folder) == "/home/me/runs/a" and run.settings.data == {
+        "data": {"train": "/home/me/set", "val": None}
+    }
+    assert cli.parse(["--model.base=~/sd", "--x", "~y"])[2] == [("model.base", "/home/me/sd"), ("x", "~y")]
+
+
 def test_stages_of_several_files(here: Path) -> None:
     write(here, a="stages:\n  one: {s: 1}\n  two: {s: 2}\n", b="stages:\n  two: {t: 3}\n  one: null\n")
     runs = experiment.runs(["a.yaml", "b.yaml"], [("experiment", "name"), ("stages.two.u", "4")])
@@ -130,5 +199,5 @@ def test_stages_of_several_files(here: Path) -> None:
 def test_interpolation_reads_vars(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(toy.parent, over="vars: {rate: 0.5}\nmodel: {init_args: {sgd: {lr: '${vars.rate}'}}}\nstages: {two: null}\n")
     assert lit_gen("fit", "-c", "toy.yaml", "-c", "over.yaml", "--vars.rate", "0.25", "--trainer.max_steps", "1") == 0
-    config = yaml.safe_load(Path("runs/over/one/config.yaml").read_text())
+    config = yaml.safe_load(Path("runs/toy/one/config.yaml").read_text())
     assert config["model"]["init_args"]["sgd"]["lr"] == 0.25

@@ -109,6 +109,26 @@ MISTAKES: dict[str, tuple[tuple[str, str], list[str], list[str]]] = {
         [],
         ["toy.yaml:11", "00000"],
     ),
+    "no samples in a batch": (
+        ("toy.Numbers", "lit_gen.data.module.Images\n  init_args: {batch_size: 0}"),
+        [],
+        ["toy.yaml:11", "`batch_size`", "not 0"],
+    ),
+    "less than no workers": (
+        ("toy.Numbers", "lit_gen.data.module.Images\n  init_args: {workers: -1}"),
+        [],
+        ["toy.yaml:11", "`workers`", "not -1"],
+    ),
+    "pictures without pixels": (
+        ("toy.Numbers", "lit_gen.data.module.Images\n  init_args: {size: 0}"),
+        [],
+        ["toy.yaml:11", "`size`", "not 0"],
+    ),
+    "no such unit of time": (("accelerator: cpu", "max_time: {hour: 1}"), [], ["max_time", "'hour'", "hours"]),
+    "nothing between saves": (("every_n_steps: 2", "every_n_steps: 0"), [], ["`checkpoint.every_n_steps`", "not 0"]),
+    "nothing between validations": (("interval: 4", "interval: 0"), [], ["toy.yaml:5", "`trainer.val_check_interval`"]),
+    "no such number of devices": (("7", "7"), ["--trainer.accelerator=cpu", "--trainer.devices=two"], ["devices"]),
+    "no such unknown": (("interval: 4", "interval: ${vars.of}"), ["--vars.off", "4"], ["toy.yaml:5", "`off`"]),
     "impossible time": (("accelerator: cpu", "max_time: soon"), [], ["max_time", "`soon`", "HH:MM:SS"]),
     "run folder set by hand": (("accelerator: cpu", "default_root_dir: x"), [], ["toy.yaml:3", "`run_root`"]),
     "unknown interpolation": (("log_every_n_steps: 1", "max_steps: ${vars.step}"), [], ["vars.step"]),
@@ -144,7 +164,7 @@ def test_several_mistakes_are_listed_together(lit_gen: Command, toy: Path, capsy
     for part in ("over.yaml:1", "over.yaml:3", "over.yaml:6", "--data.batchez"):
         assert sum(part in line for line in lines) == 1, lines
     assert len(lines) == 4
-    assert not Path("runs/over/one/checkpoints").exists()  # a mistake in stage two shows before stage one is run
+    assert not Path("runs/toy/one/checkpoints").exists()  # a mistake in stage two shows before stage one is run
 
 
 def test_what_is_right_is_let_through(lit_gen: Command, toy: Path) -> None:

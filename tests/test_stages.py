@@ -128,13 +128,33 @@ def test_overrides_reach_all_stages_or_one(lit_gen: Command, toy: Path) -> None:
     assert two["model"]["init_args"]["sgd"]["lr"] == 0.4 and two["trainer"]["max_steps"] == 2
 
 
+def test_a_run_in_training_can_be_tested(lit_gen: Command, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = __import__("toy").Regression.training_step
+    one = ["-c", "toy.yaml", "--stage", "one"]
+
+    def step(self, batch, batch_idx):  # noqa: ANN001, ANN202
+        if self.global_step == 5:
+            words = [sys.executable, "-m", "lit_gen", "test", *one]
+            paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+            done = subprocess.run(words, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr("toy.Regression.training_step", step)
+    assert lit_gen("fit", *one) == 0
+    figures = json.loads(Path("runs/toy/one/metrics.json").read_text())
+    assert figures["test"]["val/error"] > 0 and figures["step"] == 8 and len(figures["history"]) == 2
+
+
 def test_the_time_limit_pauses_and_the_next_command_continues(lit_gen: Command, toy: Path) -> None:
     one = ["fit", "-c", "toy.yaml", "--stage", "one", "--model.pause", "0.3"]
     assert lit_gen(*one, "--trainer.max_time", "00:00:02") == 0
     assert Path("runs/toy/one/checkpoints/last.ckpt").exists() and not Path("runs/toy/one/DONE").exists()
     assert 1 <= len(trace("toy/one")) < 8
     # No second stage after the first one's time is up.
-    assert lit_gen("fit", "-c", "toy.yaml", "--model.pause", "0.3", "--trainer.max_time", "00:00:00") == 0
+    toy.with_name("none.yaml").write_text("vars: {none: '00:00:00'}\ntrainer: {max_time: '${vars.none}'}\n")
+    words = ["-c", "none.yaml", "--experiment", "toy", "--model.pause", "0.3"]
+    assert lit_gen("fit", "-c", "toy.yaml", *words) == 0
     assert not Path("runs/toy/two/trace").exists()
     assert lit_gen(*one) == 0
     assert trace("toy/one") == [f"{i}:{i}" for i in range(8)]

@@ -7,6 +7,7 @@ SHA-256 of its content beside it in the format of `sha256sum`, and `last.ckpt`, 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -22,7 +23,8 @@ from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_gen.callbacks.record import Record
-from lit_gen.errors import UserError
+from lit_gen.errors import UserError, at_least
+from lit_gen.files import read_json, write_whole
 from lit_gen.weights import read_checkpoint
 
 LAST = "last.ckpt"
@@ -59,8 +61,8 @@ class Checkpoint(LightningCheckpoint):
     """
 
     def __init__(self, every_n_steps: int = 200, keep: int = 2, keep_every_n_steps: int = 0) -> None:
-        if every_n_steps < 1 or keep < 1:
-            raise UserError("checkpoint.every_n_steps and checkpoint.keep must be at least 1")
+        at_least(1, **{"checkpoint.every_n_steps": every_n_steps, "checkpoint.keep": keep})
+        at_least(0, **{"checkpoint.keep_every_n_steps": keep_every_n_steps})
         self.every_n_steps, self.keep, self.keep_every_n_steps = every_n_steps, keep, keep_every_n_steps
         self.saved_step = -1
         self._written: tuple[Path, str] | None = None  # what waits to be published, and its checksums
@@ -153,7 +155,7 @@ class Checkpoint(LightningCheckpoint):
         (path, listed), self._written = self._written, None
         link = path.with_name(f".{LAST}.unfinished")
         try:
-            _manifest(path).write_text(listed)
+            write_whole(_manifest(path), listed)
             if path.is_dir():  # made again after an earlier one was passed over
                 _remove(path)
             path.with_name(f".{path.name}.unfinished").replace(path)
@@ -175,6 +177,29 @@ class Checkpoint(LightningCheckpoint):
         for manifest in self.folder.glob("step-*.sha256"):
             if not manifest.with_suffix("").exists():
                 manifest.unlink(missing_ok=True)
+
+
+def continued(folder: Path, given: str | None) -> Path | str | None:
+    """The checkpoint a run goes on from: its newest, or a `given` one, from which the same command starts only once.
+
+    A requeued command is the same words again. So it is kept beside the checkpoints what a run was started from, and
+    what `last.ckpt` was then: once that is another, the course from the given one has checkpoints of its own.
+    """
+    if given is None:
+        return newest(folder)
+    kept, link = folder / "started_from.json", folder / LAST
+    last = link.lstat().st_mtime_ns if link.is_symlink() else None
+    now = {"path": os.path.abspath(given), "changed": os.stat(given).st_mtime_ns if os.path.exists(given) else None}
+    before = read_json(kept) or {}
+    # A given one of the run's own may be pruned on the way.
+    same = now["path"] == before.get("path") and now["changed"] in (None, before.get("changed"))
+    if same and last not in (None, before.get("last")) and (found := newest(folder)):
+        _say(f"continuing from {found}, as {given} was started from already; to start from it again, remove {kept}")
+        return found
+    if not rank_zero_only.rank:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, json.dumps(now | {"last": last}))
+    return given
 
 
 def newest(folder: Path) -> Path | None:
@@ -205,8 +230,9 @@ def is_whole(path: Path) -> bool:
     """
     path = path.resolve()  # `last.ckpt` is a link
     try:
-        if _manifest(path).is_file():
-            return checksums(path, path.name) == _manifest(path).read_text()
+        # An empty list is what a power cut leaves of one: it says nothing about the checkpoint.
+        if listed := _manifest(path).read_text() if _manifest(path).is_file() else "":
+            return checksums(path, path.name) == listed
         if path.is_dir():
             return False
         with zipfile.ZipFile(path) as archive:

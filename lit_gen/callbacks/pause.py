@@ -25,7 +25,8 @@ class Pause(L.Callback):
     """
 
     def __init__(self, max_time: str | timedelta | dict[str, int] | None = None, vote_seconds: float = 2.0) -> None:
-        self.max_time, self.vote_seconds = max_time, vote_seconds
+        self.limit = None if max_time is None else interrupts.seconds(max_time)
+        self.vote_seconds = vote_seconds
         self.status = 0  # exit status that tells the command what became of this stage
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -39,7 +40,7 @@ class Pause(L.Callback):
         if trainer.global_step == self._step:  # still accumulating gradients, which no checkpoint holds
             return
         self._step = trainer.global_step
-        status = interrupts.status(self.max_time)
+        status = interrupts.status(self.limit)
         if trainer.world_size > 1:
             self._votes_in -= 1
             if self._votes_in:

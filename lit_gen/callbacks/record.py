@@ -13,6 +13,8 @@ from typing import Any
 
 import lightning.pytorch as L
 
+from lit_gen.files import read_json, write_whole
+
 PACKAGES = (
     "torch", "lightning", "jsonargparse", "omegaconf", "diffusers", "transformers", "peft", "torchmetrics",
     "webdataset", "deepspeed", "av", "numpy",
@@ -42,8 +44,7 @@ class Record(L.Callback):
         if not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / "metrics.json").is_file():
-            self.metrics = json.loads((self.folder / "metrics.json").read_text())
+        self.metrics = read_json(self.folder / "metrics.json") or self.metrics
         if stage == "fit":
             (self.folder / "samples").mkdir(exist_ok=True)
             _write(self.folder / "config.yaml", self.config)
@@ -129,7 +130,12 @@ class Record(L.Callback):
 
     def _write(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
-            if trainer.state.fn == "fit" or trainer.global_step > 0:  # else it has not trained and knows no step
+            theirs = read_json(self.folder / "metrics.json") or {}  # a run may be tested while it trains
+            trains = trainer.state.fn == "fit" or trainer.global_step > 0  # else it knows no step
+            own = self.metrics.keys() - {"test"} if trains else self.metrics.keys() & {str(trainer.state.fn.value)}
+            kept = {"test"} if trains else theirs.keys() - own
+            self.metrics = {k: self.metrics[k] for k in own} | {k: theirs[k] for k in kept if k in theirs}
+            if trains:
                 clock = {"step": trainer.global_step, "samples": self.samples, "seconds": round(self.seconds, 2)}
                 self.metrics |= clock
             order = ("step", "samples", "seconds", "before", "validate", "test", "train", "history")
@@ -178,6 +184,4 @@ def _git() -> dict[str, Any] | None:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, text + "\n")

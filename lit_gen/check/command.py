@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lit_gen import cli, experiment
+from lit_gen import cli
 from lit_gen.check.report import Report, bytes_of
 from lit_gen.errors import UserError, nearest
 from lit_gen.experiment import Run
@@ -26,10 +26,11 @@ def main(argv: list[str]) -> int:
     files, options, overrides = cli.parse(argv)
     if not files:
         raise UserError("check needs an experiment: -c FILE (`python -m lit_gen list` names those here)")
-    stage, smoke = options.get("stage"), bool(options.get("smoke"))
-    runs = experiment.select(experiment.runs(files, overrides, smoke), stage if isinstance(stage, str) else None)
-    mistakes, bound = _bind(runs)
-    reports = [check(run, settings, runs) for run, settings in zip(runs, bound, strict=True)]
+    runs = cli.chosen(files, options, overrides)
+    reports = [Report(run) for run in runs]
+    mistakes = _bind(reports)
+    for report in reports:
+        check(report, runs)
     _check_disk(reports)
     for report in reports:
         print(f"{report.run.name}: {', '.join(v for k, v in report.facts.items() if k in ('model', 'state'))}")
@@ -45,41 +46,47 @@ def main(argv: list[str]) -> int:
     return 2 if problems else 0
 
 
-def _bind(runs: list[Run]) -> tuple[list[str], list[dict[str, Any] | None]]:
-    """-> (mistakes in the settings of all runs, settings by run, None for a run whose own do not fit)"""
-    from lit_gen.stage import Binding  # heavy, so only now that the files themselves are in order
+def _bind(reports: list[Report]) -> list[str]:
+    """Give each report the settings of its run; returns the mistakes in those of all runs."""
+    from lit_gen.mistakes import sound, with_overrides  # heavy, so only now that the files themselves are in order
+    from lit_gen.stage import Binding, quieten
 
     class Lenient(Binding):
-        mistakes: list[str] = []
+        def __init__(self, runs: list[Run]) -> None:
+            self.mistakes: list[str] = []
+            super().__init__("fit", runs)
 
         def refuse(self, mistakes: list[str]) -> None:
             self.mistakes = mistakes
 
-    binding = Lenient("fit", runs)
-    return binding.mistakes, [None if s is None else s.as_dict()["fit"] for s in binding.bound]
+    quieten()
+    binding = Lenient([report.run for report in reports])
+    for report in reports:
+        try:
+            cli.refuse_own_folder(report.run)
+        except UserError as error:
+            binding.mistakes.append(str(error))
+    for report, bound in zip(reports, binding.bound, strict=True):
+        report.tree, report.bound = with_overrides(report.run), bound is not None
+        if bound is not None:
+            report.settings = bound.as_dict()["fit"]
+        else:
+            report.settings, report.gone = sound(report.run, binding.top_level)
+    return binding.mistakes
 
 
-def check(run: Run, settings: dict[str, Any] | None, runs: list[Run]) -> Report:
-    """Find out what one run would do.
-
-    Args:
-        run: the run.
-        settings: as the parser resolved them; None where it objects to some: then what can be told without them.
-        runs: all runs of the experiment, whose checkpoints will be there in time.
-    """
+def check(report: Report, runs: list[Run]) -> None:
+    """Find out what one run would do; `runs` are all of the experiment, whose checkpoints will be there in time."""
     from lit_gen.check.data import check_data
     from lit_gen.check.training import check_model, check_times, check_trainer
-    from lit_gen.mistakes import with_overrides
 
-    report = Report(run, with_overrides(run))
-    known = settings or report.tree.data
-    _check_paths(report, known, runs)
-    check_times(report, known.get("trainer") or {})
-    if settings is None:
-        check_data(report, known)
-        return report
-    model = settings["model"]["class_path"].rpartition(".")[2]
-    report.facts["model"] = model
+    run, settings = report.run, report.settings
+    _check_paths(report, settings, runs)
+    check_times(report, settings.get("trainer") or {})
+    if not report.bound:
+        check_data(report, settings)
+        return
+    report.facts["model"] = settings["model"]["class_path"].rpartition(".")[2]
     paths_are_good = not report.problems
     check_trainer(report, settings)
     batch = check_data(report, settings)
@@ -88,7 +95,6 @@ def check(run: Run, settings: dict[str, Any] | None, runs: list[Run]) -> Report:
     started = f"would continue from {run.last}" if run.last.exists() else "not started"
     report.facts["state"] = "finished" if run.done.is_file() else started
     _check_writable(report)
-    return report
 
 
 def _check_paths(report: Report, settings: dict[str, Any], runs: list[Run]) -> None:

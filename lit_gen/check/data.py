@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import numpy as np
 
-from lit_gen.check.report import Report
+from lit_gen.check.report import Report, described
 from lit_gen.check.size import build
 from lit_gen.classes import resolve
 from lit_gen.data import encoded
@@ -22,6 +22,7 @@ from lit_gen.data.sets import SetFile
 from lit_gen.data.shards import INDEX, BadSample, ShardSet
 from lit_gen.errors import ShardError, UserError
 from lit_gen.settings import KeyPath
+from lit_gen.stage import as_user_error
 
 SPLITS = ("train", "val", "test")
 
@@ -85,13 +86,15 @@ def _nodes(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, dict[str, Any]]
 
 
 def _module(report: Report, path: KeyPath, node: dict[str, Any]) -> Shards | None:
+    """The data module of these settings; None where they are not what was meant, or its constructor objects."""
+    if not report.is_whole(path):
+        return None
     try:
         return build(L.LightningDataModule, node)
-    except UserError as error:
-        report.problem(path, str(error))
-    except Exception as error:  # settings that do not fit, which the parser has told
-        if not isinstance(error, ValueError | TypeError):
-            raise
+    except Exception as error:
+        told = as_user_error(error, report.run)
+        if report.bound or isinstance(told, UserError):  # else the parser has told
+            report.problem(path, str(told) if isinstance(told, UserError) else described(error))
     return None
 
 
@@ -179,5 +182,8 @@ def _check_samples(
             report.problem(where, f"{shards.source}: {name} cannot be read: {error}")
         except UserError as error:
             report.problem(where, str(error))
+            return None
+        except Exception as error:  # what the module makes of a sample that can be read
+            report.problem(where, f"{shards.source}: {name} cannot be made a sample of: {described(error)}")
             return None
     return made

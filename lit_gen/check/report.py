@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from lit_gen.experiment import Run
 from lit_gen.settings import KeyPath, Settings
@@ -15,6 +16,9 @@ class Report:
     Args:
         run: the run.
         tree: its settings with those of the command line, which know where they were written.
+        settings: as the parser resolved them; what fits of those of the files, without defaults, where it objects.
+        bound: whether the parser had no objection.
+        gone: places of the settings that it objected to, which `settings` lacks.
         problems: what would end it, or make it another run than was meant; one line each.
         notes: what may be meant.
         facts: what it would do, by topic.
@@ -22,11 +26,18 @@ class Report:
     """
 
     run: Run
-    tree: Settings
+    tree: Settings = field(default_factory=Settings)
+    settings: dict[str, Any] = field(default_factory=dict)
+    bound: bool = False
+    gone: list[KeyPath] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     stored: int = 0
+
+    def is_whole(self, path: KeyPath) -> bool:
+        """Whether nothing was objected to at a place, below it or above it."""
+        return not any(place[: len(path)] == path or path[: len(place)] == place for place in self.gone)
 
     def problem(self, path: KeyPath, text: str) -> None:
         self.problems.append(self.located(path, text))
@@ -38,6 +49,11 @@ class Report:
         if any(text.startswith(f"{where}: ") for where in {self.run.name, *self.tree.origins.values()}):
             return text
         return f"{self.tree.origin(path) or self.run.name}: {text}"
+
+
+def described(error: Exception) -> str:
+    """An error that nobody meant for a user, in one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
 def bytes_of(number: float) -> str:

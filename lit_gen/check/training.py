@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
+from lit_gen.callbacks.checkpoint import Checkpoint
 from lit_gen.callbacks.ema import EMA
+from lit_gen.callbacks.speed import Speed
 from lit_gen.check.data import processes
-from lit_gen.check.report import Report, bytes_of
+from lit_gen.check.report import Report, bytes_of, described
 from lit_gen.check.size import Size, activations, build, measure, outline
 from lit_gen.classes import resolve
 from lit_gen.errors import UserError
 from lit_gen.interrupts import seconds
 from lit_gen.methods.base import Method
+from lit_gen.stage import as_user_error
 
+LIMITS = (
+    "accelerator", "max_epochs", "min_epochs", "max_steps", "min_steps", "num_nodes", "limit_train_batches",
+    "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches", "val_check_interval",
+    "gradient_clip_algorithm", "reload_dataloaders_every_n_epochs",
+)  # fmt: skip
 TO_FETCH = "hf download"  # what the message about a model that is not on this machine says
 
 
@@ -31,8 +42,14 @@ def check_times(report: Report, trainer: dict[str, Any]) -> None:
 
 
 def check_trainer(report: Report, settings: dict[str, Any]) -> None:
-    """What the trainer's settings alone tell."""
+    """What the trainer's settings alone tell, and those of the callbacks that every run has."""
     trainer = settings["trainer"]
+    for key, kind in (("checkpoint", Checkpoint), ("speed", Speed)):
+        try:
+            kind(**(settings.get(key) or {}))
+        except UserError as error:
+            report.problem((key,), str(error))
+    _check_limits(report, trainer)
     max_steps, saves = trainer["max_steps"], (settings.get("checkpoint") or {}).get("every_n_steps", 0)
     if max_steps == -1 and trainer["max_epochs"] is None and trainer["max_time"] is None:
         report.note(("trainer",), "neither trainer.max_steps nor trainer.max_epochs is set: it trains for 1000 epochs")
@@ -44,8 +61,32 @@ def check_trainer(report: Report, settings: dict[str, Any]) -> None:
     _check_devices(report, trainer)
 
 
+def _check_limits(report: Report, trainer: dict[str, Any]) -> None:
+    """Have Lightning's trainer say what it thinks of each setting that needs no particular machine."""
+    plain = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    plain |= {"enable_progress_bar": False, "enable_model_summary": False}
+    known = AcceleratorRegistry.available_accelerators()
+    for key in LIMITS:
+        value = trainer.get(key)
+        if value is None or isinstance(value, dict) or (key == "accelerator" and value in ("auto", "gpu", *known)):
+            continue
+        if key == "val_check_interval" and isinstance(value, str):  # a time
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                L.Trainer(**plain | {key: value})
+        except Exception as error:
+            report.problem(("trainer", key), f"trainer.{key}: {described(error).partition(': ')[2]}")
+
+
 def _check_devices(report: Report, trainer: dict[str, Any]) -> None:
     devices, accelerator = trainer["devices"], trainer["accelerator"]
+    if not re.fullmatch(r"auto|-1|[1-9]\d*|\[?\d+(, ?\d+)*,?\]?", str(devices)) or (
+        accelerator == "cpu" and not (devices == "auto" or (str(devices).isdigit() and int(devices) > 0))
+    ):
+        told = "a number or auto" if accelerator == "cpu" else "a number, a list of them such as [0, 2], or auto"
+        report.problem(("trainer", "devices"), f"`trainer.devices` must be {told}, not {devices!r}")
     here = torch.cuda.device_count()
     if accelerator in ("gpu", "cuda") and here == 0:
         report.note(("trainer", "accelerator"), "trainer.accelerator asks for GPUs, and this machine has none")
@@ -57,16 +98,16 @@ def _check_devices(report: Report, trainer: dict[str, Any]) -> None:
 
 def check_model(report: Report, settings: dict[str, Any], batch: dict[str, Any] | None) -> None:
     """Build the model without its weights; hold it against the trainer, and find out how large it is."""
-    from lit_gen.stage import _as_user_error
-
     trainer = settings["trainer"]
     strategy = _check_strategy(report, trainer)
     try:
         model = outline(settings["model"])
     except Exception as error:
-        told = _as_user_error(error, report.run)
-        if not isinstance(told, UserError):
-            report.note(("model",), f"its size was not found: {type(told).__name__}: {_first_line(told)}")
+        told = as_user_error(error, report.run)
+        if isinstance(told, ValueError):  # what constructors say of their arguments
+            report.problem(("model",), described(told))
+        elif not isinstance(told, UserError):
+            report.note(("model",), f"its size was not found: {described(told)}")
         elif TO_FETCH in str(told):  # a run that may go online fetches it itself; nodes of a cluster often may not
             report.note(("model",), str(told))
         else:
@@ -80,7 +121,7 @@ def check_model(report: Report, settings: dict[str, Any], batch: dict[str, Any] 
         try:
             size.activations = activations(model, batch, trainer["precision"])
         except Exception as error:  # whatever a step needs beyond shapes
-            why = f"{type(error).__name__}: {_first_line(error)}"
+            why = described(error)
     _tell(report, settings, size, strategy, why)
 
 
@@ -96,9 +137,8 @@ def _check_strategy(report: Report, trainer: dict[str, Any]) -> type | None:
     try:
         build(Strategy, value)
     except Exception as error:
-        from lit_gen.stage import _as_user_error
-
-        report.problem(where, _first_line(_as_user_error(error, report.run)))
+        told = as_user_error(error, report.run)
+        report.problem(where, str(told) if isinstance(told, UserError) else described(told))
     return cls if isinstance(cls, type) else None
 
 
@@ -179,7 +219,3 @@ def _is_zero(strategy: type | None) -> bool:
 
 def _argument(value: Any, name: str, default: Any) -> Any:
     return (value.get("init_args") or {}).get(name, default) if isinstance(value, dict) else default
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]

@@ -19,7 +19,7 @@ from lit_gen.data.facts import facts_from_scenes
 from lit_gen.data.sets import SetFile
 from lit_gen.data.shards import INDEX, ShardSet, write_index
 from lit_gen.data.split import Job, Samples, Task, cores, own_devices
-from lit_gen.errors import UserError
+from lit_gen.errors import UserError, at_least
 
 _CHUNK = 64  # pictures rendered at once
 _NOT_CONTENT = ("sheets.py", "bench.py")  # files of the world that change no picture
@@ -49,6 +49,7 @@ def build(
     Raises:
         Paused: a signal asked to stop.
     """
+    at_least(1, **{"--workers": workers})
     description = SetFile.read(set_file)
     folder, source = description.folder, source_fingerprint(description)
     if force and task.count > 1:

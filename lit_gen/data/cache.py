@@ -19,8 +19,7 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor, nn
 
-from lit_gen import cli, experiment, interrupts
-from lit_gen.data.command import TASK_HELP
+from lit_gen import cli, interrupts
 from lit_gen.data.decode import decode
 from lit_gen.data.encoded import KIND, MEMBER, description, folder_of, key_of
 from lit_gen.data.loader import collate
@@ -34,19 +33,6 @@ from lit_gen.stage import Command
 
 logger = logging.getLogger(__name__)
 
-_HELP = f"""\
-usage: python -m lit_gen cache -c FILE [--stage NAME] [--a.b.c VALUE] [options]
-
-Encodes what the training steps of each stage would compute from its training sets with the same result each time
-(Stable Diffusion: latents and text states) into shards beside those sets. Train from them with
-`--data.init_args.cached float16`, or `cached: float16` in the file.
-
-  --dtype float16|float32   precision to store, where the data do not say `cached` (default: float16)
-  --batch_size N            samples encoded at a time (default: the data's batch_size)
-  --device cpu|cuda|cuda:N  where to encode (default: all GPUs, if any, one process each)
-  --workers N               processes that encode on the CPU (default: 1)
-  --task I/N                {TASK_HELP}
-"""
 _OPTIONS = ("dtype", "batch_size", "device", "workers", "task")
 
 
@@ -70,9 +56,6 @@ def main(argv: list[str]) -> int:
     """Run the verb; returns the exit status (75 when a signal stopped it: the same command continues)."""
     files, options, overrides = cli.parse(argv)
     given = {key: value for key, value in overrides if key in _OPTIONS}
-    if options.get("help"):
-        print(_HELP)
-        return 0
     if not files:
         raise UserError("cache needs an experiment: -c FILE (`python -m lit_gen list` names those here)")
     task = Task.parse(given.get("task"))
@@ -81,11 +64,10 @@ def main(argv: list[str]) -> int:
     if dtype not in ("float16", "float32"):
         raise UserError(f"--dtype must be float16 or float32, not {dtype}")
     devices = own_devices(given.get("device"), workers or 1)
-    stage = options.get("stage")
-    runs = experiment.runs(files, [(k, v) for k, v in overrides if k not in _OPTIONS])
+    runs = cli.chosen(files, options, [(k, v) for k, v in overrides if k not in _OPTIONS])
     count = 0
     try:
-        for run in experiment.select(runs, stage if isinstance(stage, str) else None):
+        for run in runs:
             method, data = instances(run)
             found = training_sets(data)
             for key, module in found:
@@ -104,12 +86,12 @@ def main(argv: list[str]) -> int:
 
 def instances(run: Run) -> tuple[L.LightningModule, L.LightningDataModule | None]:
     """Model and data of a run."""
-    from lit_gen.stage import _as_user_error
+    from lit_gen.stage import as_user_error
 
     try:
         made = _Instances(run)
     except Exception as error:
-        raise _as_user_error(error, run) from error
+        raise as_user_error(error, run) from error
     return made.model, made.datamodule
 
 

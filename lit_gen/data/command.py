@@ -11,6 +11,7 @@ from lit_gen.data import story_commands
 from lit_gen.data.shards import ShardSet
 from lit_gen.data.split import Paused, Task
 from lit_gen.errors import UserError
+from lit_gen.usage import TASK_HELP
 
 _USAGE = """\
 python -m lit_gen data -c data/x.yaml [-c …] [--task I/N] [--workers N] [--device cpu|cuda] [--force]
@@ -19,9 +20,6 @@ python -m lit_gen data -c data/x.yaml [-c …] [--task I/N] [--workers N] [--dev
        python -m lit_gen data pack-stories SET --out data/shards/mine --store npy --frames 32 --size 224
        python -m lit_gen data describe ANNOTATIONS.json --model FOLDER --out captions.jsonl
        python -m lit_gen data verify SET"""
-
-
-TASK_HELP = "part of the shards to write, 0/N to N-1/N (default: this process's part of its SLURM array, else all)"
 
 
 def main(argv: list[str]) -> int:
@@ -92,7 +90,9 @@ def _verify(argv: list[str]) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if not problems:
-        print(f"{shards.source}: {len(shards)} samples in {len(shards.shards)} shards, all as the index says")
+        indexed = all(shard.sha256 for shard in shards.shards)
+        whole = "all as the index says" if indexed else "all whole; there is no index with checksums to compare with"
+        print(f"{shards.source}: {len(shards)} samples in {len(shards.shards)} shards, {whole}")
     return 2 if problems else 0
 
 

@@ -24,7 +24,7 @@ from lit_gen.data.order import Order, epoch_order
 from lit_gen.data.remote import STALL_SECONDS
 from lit_gen.data.shards import BadSample, ShardSet
 from lit_gen.data.watch import Pulse, Stream, settle
-from lit_gen.errors import ShardError, UserError
+from lit_gen.errors import ShardError, UserError, at_least
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,8 @@ class ShardLoader:
                 elsewhere, so that training starts before all are here, and all where they are on this machine.
             stall_seconds: without any progress in reading, after which iterating raises ShardError.
         """
+        at_least(1, batch_size=batch_size)
+        at_least(0, workers=workers)
         self.shards, self.shuffle, self.seed = shards, shuffle, seed
         self.rank, self.world, self.workers, self.tolerance = rank, world, workers, tolerance
         self.batch_size = batch_size

@@ -21,7 +21,7 @@ from lit_gen.data.shards import ShardSet
 from lit_gen.data.split import Paused
 from lit_gen.data.styled import StyleSample
 from lit_gen.data.videos import VideoSample
-from lit_gen.errors import ShardError
+from lit_gen.errors import ShardError, at_least
 
 Precision = Literal["float16", "float32"]
 
@@ -50,6 +50,8 @@ class Shards(L.LightningDataModule):
         cache_folder: str | None = None,
     ) -> None:
         super().__init__()
+        at_least(1, batch_size=batch_size, val_batch_size=val_batch_size)
+        at_least(0, workers=workers, tolerance=tolerance, seed=seed)
         self.sources = {"train": train, "val": val, "test": test}
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.workers, self.seed, self.tolerance = workers, seed, tolerance
@@ -170,6 +172,7 @@ class Images(Shards):
         super().__init__(
             *(train, val, test, batch_size, val_batch_size, workers, seed, tolerance, cached, cache_folder)
         )
+        at_least(1, size=size)
         self.size = size
 
     def transform(self, shards: ShardSet, training: bool) -> ImageSample:
@@ -221,6 +224,7 @@ class Videos(Shards):
         super().__init__(
             *(train, val, test, batch_size, val_batch_size, workers, seed, tolerance, cached, cache_folder)
         )
+        at_least(1, size=size, frames=frames, stride=stride)
         self.size, self.frames, self.stride = size, frames, stride
 
     def transform(self, shards: ShardSet, training: bool) -> VideoSample:
@@ -277,6 +281,7 @@ class StyledImages(Shards):
         super().__init__(
             *(train, val, test, batch_size, val_batch_size, workers, seed, tolerance, cached, cache_folder)
         )
+        at_least(1, size=size, zoom=zoom)
         self.size, self.zoom, self.strip_style = size, zoom, strip_style
 
     def transform(self, shards: ShardSet, training: bool) -> StyleSample:

@@ -6,9 +6,11 @@ import csv
 import hashlib
 import json
 import logging
+import mimetypes
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +19,7 @@ from pathlib import Path
 from lit_gen.data.decode import DECODERS, IMAGE, VIDEO, decode
 from lit_gen.data.shards import INDEX, BadSample, Shard, write_index
 from lit_gen.data.split import Job, Samples, Task, building_folder, cores, locked
-from lit_gen.errors import ShardError
+from lit_gen.errors import ShardError, at_least
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ def pack(
         ShardError: what is wrong with the folder, the captions, the files or `out`.
         Paused: a signal asked to stop.
     """
+    at_least(1, **{"--samples-per-shard": samples_per_shard, "--workers": workers})
+    at_least(0, **{"--tolerance": tolerance})
     folder, out, captions = Path(folder), Path(out), captions and Path(captions)
     if not folder.is_dir():
         raise ShardError(f"{folder} is not a folder")
@@ -141,17 +145,23 @@ def _media(folder: Path) -> tuple[str, list[str], list[str]]:
     """-> (kind, files in order, those without a .txt beside them), all relative to the folder."""
     found: dict[str, list[str]] = {kind: [] for kind in _KINDS}
     uncaptioned: list[str] = []
+    others: Counter[str] = Counter()  # extensions of pictures and videos that the loader does not decode
     for root, _, files in os.walk(folder):  # which asks nothing of each file: there may be millions
         beside, below = set(files), os.path.relpath(root, folder)
         for file in files:
             stem, extension = os.path.splitext(file)
             kind = next((k for k, known in _KINDS.items() if extension[1:].lower() in known), None)
             if kind is None or file.startswith("."):
+                if (mimetypes.guess_type(file)[0] or "").startswith(("image/", "video/")):
+                    others[extension.lower()] += 1
                 continue
             name = file if below == "." else f"{below}/{file}"
             found[kind].append(name)
             if f"{stem}.txt" not in beside:
                 uncaptioned.append(name)
+    if others:
+        told = ", ".join(f"{count} {extension}" for extension, count in others.most_common())
+        logger.warning("data: %s: left out, of formats that are not read: %s", folder, told)
     if all(found.values()):
         counts = " and ".join(f"{len(v)} {k}" for k, v in found.items())
         raise ShardError(f"{folder} holds {counts}; pack them from separate folders")
@@ -170,17 +180,16 @@ def _from_csv(table: Path, folder: Path, names: list[str]) -> dict[str, str]:
     """File -> caption."""
     if not table.is_file():
         raise ShardError(f"captions file {table} does not exist")
-    with table.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        columns = reader.fieldnames or []
-        file_column = next((c for c in _FILE_COLUMNS if c in columns), None)
-        caption_column = next((c for c in _CAPTION_COLUMNS if c in columns), None)
-        if file_column is None or caption_column is None:
-            raise ShardError(
-                f"{table} needs a header with a column of files ({', '.join(_FILE_COLUMNS)}) and one of captions "
-                f"({', '.join(_CAPTION_COLUMNS)}); it has: {', '.join(columns) or 'nothing'}"
-            )
-        texts = {_relative(row[file_column], folder): (row[caption_column] or "").strip() for row in reader}
+    texts: dict[str, str] = {}
+    for line, file, caption in _rows(table):
+        name = _relative(file, folder)
+        if name in texts:
+            raise ShardError(f"{table}:{line}: {file} has a caption already; a file has one row")
+        texts[name] = caption
+    if empty := [name for name, text in texts.items() if not text]:
+        logger.warning(
+            "data: %s: %d of %d captions are empty, the first is that of %s", table, len(empty), len(texts), empty[0]
+        )
     known = set(names)
     absent = [name for name in texts if name not in known and not (folder / name).is_file()]
     if absent:
@@ -191,6 +200,31 @@ def _from_csv(table: Path, folder: Path, names: list[str]) -> dict[str, str]:
     if missing:
         raise ShardError(f"{table} has no caption for {folder / missing[0]} ({len(missing)} of {len(names)} files)")
     return texts
+
+
+def _rows(table: Path) -> Iterator[tuple[int, str, str]]:
+    """(line, file, caption) of each row of a csv."""
+    with table.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream)
+        try:
+            columns = reader.fieldnames or []
+            file_column = next((c for c in _FILE_COLUMNS if c in columns), None)
+            caption_column = next((c for c in _CAPTION_COLUMNS if c in columns), None)
+            if file_column is None or caption_column is None:
+                raise ShardError(
+                    f"{table} needs a header with a column of files ({', '.join(_FILE_COLUMNS)}) and one of captions "
+                    f"({', '.join(_CAPTION_COLUMNS)}); it has: {', '.join(columns) or 'nothing'}"
+                )
+            for row in reader:
+                if not row[file_column]:
+                    raise ShardError(f"{table}:{reader.line_num}: the row names no file")
+                yield reader.line_num, row[file_column], (row[caption_column] or "").strip()
+        except UnicodeDecodeError as error:
+            raise ShardError(
+                f"{table} is not a text in UTF-8 ({error.reason} near line {reader.line_num + 1})"
+            ) from None
+        except csv.Error as error:  # of a quote that does not end, say
+            raise ShardError(f"{table}:{reader.line_num}: {error}") from None
 
 
 def _relative(file: str, folder: Path) -> str:

@@ -249,7 +249,7 @@ class ShardSet:
         self._prefetcher.want(numbers)
 
     def verify(self) -> list[str]:
-        """One line per shard whose size or checksum is not the index's; empty when the set is intact."""
+        """One line per shard that is damaged, or whose checksum is not the index's; empty when the set is intact."""
         problems = []
         for number, shard in enumerate(self.shards):
             try:
@@ -257,7 +257,10 @@ class ShardSet:
             except ShardError as error:
                 problems.append(str(error) if shard.origin else f"{shard.file} is missing")
                 continue
-            if shard.sha256 and checksum(shard.file) != shard.sha256:
+            if not shard.sha256:
+                if problem := _scanned(shard.file)[0].problem:
+                    problems.append(f"{shard}: {problem}")
+            elif checksum(shard.file) != shard.sha256:
                 problems.append(f"{shard.file} does not match its checksum")
         return problems
 

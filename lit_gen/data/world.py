@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_gen.data.captions import write_captions
-from lit_gen.errors import UserError
+from lit_gen.errors import UserError, at_least
 from lit_gen.interrupts import die_with_parent
 from lit_gen.metrics.clip import CLIPEncoders
 from lit_gen.world import render
@@ -147,6 +147,8 @@ class RenderedWorld(L.LightningDataModule):
         workers: int = 8,
     ) -> None:
         super().__init__()
+        at_least(1, batch_size=batch_size, val_batch_size=val_batch_size, pool=pool, val_pool=val_pool)
+        at_least(0, workers=workers)
         self.recipes, self.pool_size, self.batch_size = recipes, pool, batch_size
         self.val_pool_size, self.val_batch_size = val_pool, val_batch_size
         self.seed, self.size, self.frames, self.caption_count = seed, size, frames, captions

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import toy as toy_model
 
 from lit_gen.callbacks import checkpoint
 from lit_gen.callbacks.checkpoint import AtomicCheckpointIO, checksums, is_whole, newest, step_of
@@ -52,6 +54,53 @@ def test_an_older_checkpoint_starts_a_new_course(lit_gen: Command, toy: Path) ->
     (SAVES / "last.ckpt").unlink()
     (SAVES / "last.ckpt").symlink_to(steps[1].name)
     assert newest(SAVES) == steps[1]  # what the link says, not the highest number
+
+
+def test_the_same_command_starts_from_a_given_checkpoint_once(
+    lit_gen: Command, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lit_gen(*ONE, "--trainer.max_steps", "6", "--experiment", "before") == 0
+    given = "runs/before/one/checkpoints/last.ckpt"
+    again = (*ONE, "--trainer.max_steps", "10", "--ckpt_path", given)
+
+    def killed(at: int) -> None:
+        class Killed(BaseException):
+            pass
+
+        def step(self: Any, batch: Any, batch_idx: int) -> Any:
+            if self.global_step == at:
+                raise Killed
+            return real(self, batch, batch_idx)
+
+        real = toy_model.Regression.training_step
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(toy_model.Regression, "training_step", step)
+            lit_gen(*again)
+
+    killed(at=7)  # before it saved: there is nothing of its own to go on from
+    killed(at=9)
+    assert lit_gen(*again) == 0
+    assert Path("runs/toy/one/trace").read_text().split() == ["6:6", "6:6", "7:7", "8:8", "8:8", "9:9"]
+    # Wanted once more, and said so.
+    Path("runs/toy/one/DONE").unlink()
+    (SAVES / "started_from.json").unlink()
+    assert lit_gen(*again) == 0
+    assert Path("runs/toy/one/trace").read_text().split()[6:] == ["6:6", "7:7", "8:8", "9:9"]
+
+
+def test_what_a_power_cut_emptied_is_taken_for_absent(
+    lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert lit_gen(*ONE, "--trainer.max_steps", "4") == 0
+    Path("runs/toy/one/DONE").unlink()
+    emptied = [Path("runs/toy/one/metrics.json"), Path("runs/toy/one/fit.json"), *SAVES.glob("*.sha256")]
+    for path in emptied:
+        path.write_text("")
+    capsys.readouterr()
+    assert lit_gen(*ONE) == 0
+    assert Path("runs/toy/one/trace").read_text().split()[4:] == ["4:4", "5:5", "6:6", "7:7"]
+    error = capsys.readouterr().err
+    assert all(f"warning: {path}: unreadable" in error for path in emptied[:2])
 
 
 def test_when_all_are_damaged_nothing_is_started_over(
@@ -123,15 +172,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 def test_a_full_disk_while_publishing_leaves_the_last_checkpoint(
     lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = checkpoint._manifest
+    real = checkpoint.write_whole
 
-    def full(path: Path) -> Path:
-        return Path("/dev/full") if step_of(path) == 4 else real(path)
+    def full(path: Path, text: str) -> None:
+        if path.name == "step-00000004.ckpt.sha256":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, text)
 
-    monkeypatch.setattr(checkpoint, "_manifest", full)
+    monkeypatch.setattr(checkpoint, "write_whole", full)
     assert lit_gen(*ONE) == 2
     assert "No space left on device" in capsys.readouterr().err
-    monkeypatch.setattr(checkpoint, "_manifest", real)
+    monkeypatch.setattr(checkpoint, "write_whole", real)
     assert newest(SAVES) == SAVES / "step-00000002.ckpt"
     assert lit_gen(*ONE) == 0 and step_of(SAVES / "last.ckpt") == 8
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPTextModel
 
-from lit_gen import interrupts
+from lit_gen import experiment, interrupts
 from lit_gen.data import cache as caching
 from lit_gen.data import encoded
 from lit_gen.data.module import Images, StyledImages, Videos
@@ -116,7 +116,7 @@ def test_cached_training_has_the_same_losses_and_runs_no_encoder(lit_gen, place,
 
 def test_the_loss_of_a_batch_is_the_same_to_the_last_bit(prepared, monkeypatch):
     monkeypatch.chdir(prepared)
-    run = caching.experiment.runs([EXPERIMENT], [])[1]
+    run = experiment.runs([EXPERIMENT], [])[1]
     method, _ = caching.instances(run)
     generator = torch.Generator().manual_seed(0)
     video = torch.rand(2, 3, 3, 64, 64, generator=generator) * 2 - 1
@@ -146,7 +146,7 @@ def test_latents_are_drawn_as_the_autoencoder_draws_them(tiny_base):
 
 def test_clips_are_cut_from_the_latents_where_they_are_cut_from_the_frames(prepared, monkeypatch):
     monkeypatch.chdir(prepared)
-    method, _ = caching.instances(caching.experiment.runs([EXPERIMENT], [])[1])
+    method, _ = caching.instances(experiment.runs([EXPERIMENT], [])[1])
     data = Videos(train="data/motion-videos.yaml", batch_size=3, frames=3, stride=2, cached="float32")
     data._cache = encoded.find(data, method, "float32")
     starts = set()
@@ -159,7 +159,7 @@ def test_clips_are_cut_from_the_latents_where_they_are_cut_from_the_frames(prepa
 
 
 def test_plain_pictures_are_not_even_read(place):
-    method, _ = caching.instances(caching.experiment.runs([EXPERIMENT], [])[0])
+    method, _ = caching.instances(experiment.runs([EXPERIMENT], [])[0])
     data = Images(train="data/styled-images.yaml", batch_size=5, size=64, cached="float16")
     caching.cache(None, "", method, data)
     data._cache = encoded.find(data, method, "float16")
@@ -278,7 +278,7 @@ def test_an_unreadable_sample_is_replaced_by_the_same_one_with_and_without_a_cac
     start = content.index(b"IDAT")
     content[start + 40 : start + 80] = bytes(40)
     file.write_bytes(content)
-    method, _ = caching.instances(caching.experiment.runs([EXPERIMENT], [])[0])
+    method, _ = caching.instances(experiment.runs([EXPERIMENT], [])[0])
     given = dict(train="data/shards/styled-images", batch_size=COUNT, tolerance=0.5)
     plain, data = StyledImages(**given), StyledImages(**given, cached="float16")
     for folder in caches():

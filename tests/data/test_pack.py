@@ -84,6 +84,52 @@ def test_what_is_wrong_is_said_in_one_line(folder, tmp_path):
     fails(folder, out, "5 images and 1 videos; pack them from separate folders")
 
 
+def test_rows_of_a_csv_are_held_against_the_files(folder, tmp_path, caplog):
+    out, table = tmp_path / "out", tmp_path / "captions.csv"
+    rows = "".join(f"{name},x\n" for name in ("b.jpg", "c.webp", "v1.2 final.png", "sub/a.png"))
+    table.write_text(f"file,caption\n{rows}a.png,one\n./a.png,two\n")
+    fails(folder, out, r"captions.csv:7: ./a.png has a caption already", table)
+    table.write_text(f"caption,file\nonly a caption\n{rows}")
+    fails(folder, out, r"captions.csv:2: the row names no file", table)
+    table.write_bytes("file,caption\na.png,caf\u00e9\n".encode("latin-1"))
+    fails(folder, out, r"captions.csv is not a text in UTF-8", table)
+    table.write_text(f'file,caption\na.png,"{"long " * 30000}"\n')
+    fails(folder, out, r"captions.csv:\d+: field larger", table)
+    table.write_text(f"file,caption\n{rows}a.png\n")
+    assert pack(folder, out, table) == out
+    assert "1 of 5 captions are empty, the first is that of a.png" in caplog.text
+
+
+def test_files_of_other_formats_are_counted(folder, tmp_path, caplog):
+    for name in ("x.gif", "y.gif", "z.bmp", "notes.md"):
+        (folder / name).write_bytes(b"")
+    pack(folder, tmp_path / "out")
+    assert "of formats that are not read: 2 .gif, 1 .bmp" in caplog.text
+
+
+@pytest.mark.parametrize("words", ["--samples-per-shard=0", "--samples-per-shard=-5", "--workers=-1"])
+def test_numbers_that_make_no_sense(words, folder, tmp_path, capsys):
+    assert main(["pack", str(folder), "--out", str(tmp_path / "out"), words]) == 2
+    assert f"`{words.partition('=')[0]}` must be at least 1" in capsys.readouterr().err
+
+
+def test_folders_in_the_place_of_files_and_files_in_that_of_folders(folder, tmp_path, lit_gen, capsys):
+    assert lit_gen("data", "pack", str(folder), "--out", str(folder / "a.txt" / "out")) == 2
+    assert lit_gen("data", "-c", str(folder)) == 2
+    assert lit_gen("data", "-c", str(folder / "a.txt"), "--workers", "-2") == 2
+    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
+
+
+def test_a_cut_tar_without_an_index_is_not_called_whole(folder, tmp_path, capsys):
+    out = pack(folder, tmp_path / "out")
+    shard = out / "000000.tar"
+    assert main(["verify", str(shard)]) == 0
+    assert "index says" not in capsys.readouterr().out
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    assert main(["verify", str(shard)]) == 2
+    assert "000000.tar: it is truncated" in capsys.readouterr().err
+
+
 def test_a_few_unreadable_files_are_left_out(folder, tmp_path):
     (folder / "b.jpg").write_bytes(b"not a picture")
     out = pack(folder, tmp_path / "out", tolerance=0.5)

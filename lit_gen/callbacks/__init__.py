@@ -1,0 +1,1 @@
+"""What happens around training steps: checkpoints, pauses, averages, figures, samples."""

@@ -1,0 +1,34 @@
+"""Small files that are whole or absent, whatever ends the process or the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under another name, have the disk keep it, and only then give it its own."""
+    # Tasks of one job may write the same one, and on two nodes they may have the same process id.
+    temporary = path.with_name(f"{path.name}.{os.environ.get('SLURM_PROCID', 0)}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """What a file of this program's own says; None, with a warning, for one that a power cut left unreadable."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        print(f"warning: {path}: unreadable, taken for absent", file=sys.stderr)
+        return None
