@@ -34,6 +34,8 @@ class Compile:
         parts = [*unet.down_blocks, unet.mid_block, *unet.up_blocks] if self.blocks else [unet]
         # All parts count as one function to the compiler, which by default gives up at its ninth version.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(parts))
+        if self.blocks:  # else DDP has each block cut where its buckets of gradients end, and compiled once more
+            torch._dynamo.config.optimize_ddp = False
         for part in parts:
             if part._compiled_call_impl is None:
                 part.compile(backend=self.backend, mode=self.mode, options=self.options, dynamic=False)

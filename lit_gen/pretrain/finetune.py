@@ -74,7 +74,8 @@ class Finetune(Method):
         network: sizes of the network without a base.
         compile: compile the network; null does not.
         attention: implementations of attention, the preferred one first; null leaves the choice to torch.
-        channels_last: keep pictures with their channels last, which convolutions on GPUs prefer.
+        channels_last: what has its channels last, as the convolutions of GPUs prefer it: the "weights", "all" that
+            goes through them too, or "none".
         checkpointing: compute activations again in the backward pass instead of keeping them: slower, less memory.
         min_snr: gamma of the min-SNR loss weight (Hang et al. 2023); null for none.
         optimizer: settings of the optimizer.
@@ -86,7 +87,7 @@ class Finetune(Method):
         network: Network = Network(),
         compile: Compile | None = None,
         attention: list[Literal["cudnn", "flash", "efficient", "math"]] | None = None,
-        channels_last: bool = True,
+        channels_last: Literal["none", "weights", "all"] = "all",
         checkpointing: bool = False,
         min_snr: float | None = None,
         optimizer: Optimizer = Optimizer(lr=1e-5),
@@ -104,7 +105,9 @@ class Finetune(Method):
             self.unet.enable_gradient_checkpointing()
 
     def configure_model(self) -> None:
-        if self.channels_last:
+        if self.channels_last == "weights":
+            self.unet.to(memory_format=torch.channels_last)
+        elif self.channels_last == "all":
             keep_channels_last(self.unet)
         if self.compiled is not None:
             self.compiled.apply(self.unet)
@@ -120,7 +123,7 @@ class Finetune(Method):
         t = self.schedule.sample_timesteps(len(clean), clean.device)
         noise = torch.randn_like(clean)
         noisy = self.schedule.add_noise(clean, noise, t)
-        if self.channels_last:
+        if self.channels_last != "none":
             noisy = noisy.contiguous(memory_format=torch.channels_last)
         if self.compiled is not None:
             torch.compiler.cudagraph_mark_step_begin()

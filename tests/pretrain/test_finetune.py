@@ -36,17 +36,18 @@ def gradients(**options: object) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"channels_last": True},
+        {"channels_last": "weights"},
+        {"channels_last": "all"},
         {"attention": ["math"]},
         {"attention": ["flash", "math"]},
         {"checkpointing": True},
-        {"compile": Compile(backend="aot_eager", blocks=True), "channels_last": True},
+        {"compile": Compile(backend="aot_eager", blocks=True), "channels_last": "all"},
     ],
     ids="-".join,
 )
 def test_fast_is_plain(options: dict[str, object]) -> None:
-    loss, gradient = gradients(**{"channels_last": False} | options)
-    plain_loss, plain_gradient = gradients(channels_last=False)
+    loss, gradient = gradients(**{"channels_last": "none"} | options)
+    plain_loss, plain_gradient = gradients(channels_last="none")
     torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient, plain_gradient, rtol=1e-3, atol=1e-6)
 
@@ -61,6 +62,26 @@ def test_every_part_is_compiled_in_one_piece(blocks: bool, graphs: int) -> None:
         method.loss({"latents": torch.randn(2, 4, 8, 8), "text_states": torch.randn(2, 5, 16)})
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+
+
+def test_blocks_are_not_cut_up_by_ddp(tmp_path: Path) -> None:
+    compiled = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    torch._dynamo.register_backend(count, name="count")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        method = Finetune(network=SMALL, compile=Compile(backend="count", blocks=True))
+        method.configure_model()
+        network = torch.nn.parallel.DistributedDataParallel(method.unet, bucket_cap_mb=0.01)  # smaller than a block
+        network(torch.randn(2, 4, 8, 8), torch.tensor([3, 4]), torch.randn(2, 5, 16))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(compiled) == 5
 
 
 def test_no_step_waits_for_the_device(lit_gen: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
