@@ -5,6 +5,7 @@ The section `sweep: report:` of an experiment file:
     title: StyleCrafter
     out: docs/results/stylecrafter.md
     text: what was compared, in a few lines of Markdown
+    findings: what the figures below say, in words; of the runs that the committed report is of
     reference: full                       # the arm that others are compared with
     measures:
       style error: {stage: adapter, better: lower}
@@ -42,7 +43,7 @@ from lit_gen.metrics import scores
 from lit_gen.metrics.scores import Estimate
 from lit_gen.sweep import Cell, Sweep, is_tested, slug
 
-_KEYS = ("title", "out", "text", "reference", "measures", "claims", "pictures", "shown", "plots", "overviews")
+_KEYS = ("title", "out", "text", "findings", "reference", "measures", "claims", "pictures", "shown", "plots", "overviews")
 _WIDTH = 640  # pixels of a picture in the report, at most
 
 Points = dict[float, list[Cell]]  # value that the sweep went over -> cells, one for each seed
@@ -76,6 +77,8 @@ def write(sweep: Sweep) -> list[Path]:
     out = Path(section.get("out") or f"docs/results/{slug(sweep.name)}.md")
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"# {section.get('title') or sweep.name}", "", (section.get("text") or "").strip(), ""]
+    if findings := (section.get("findings") or "").strip():
+        lines += ["## Findings", "", findings, "", "## Figures", ""]
     plots = _plots(sweep, series, measures, out)
     for title, file in plots:
         lines += [f"![{title}]({file.relative_to(out.parent).as_posix()})", ""]

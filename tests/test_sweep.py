@@ -268,3 +268,17 @@ def test_arms_over_values_are_told_as_lines_and_slopes(
         (here / "arms.yaml").write_text("base: [over.yaml]\n" + OVER.replace(old, new))
         assert lit_gen("sweep", "-c", "arms.yaml") == 2
         assert message in capsys.readouterr().err
+
+
+def test_findings_stand_before_the_figures(tmp_path: Path) -> None:
+    from lit_gen.report import write
+
+    kept = Scores()
+    kept.add(list("ab"), right=np.array([0.0, 1.0]))
+    kept.write(tmp_path / "run")
+    (tmp_path / "run" / "DONE").touch()
+    os.utime(tmp_path / "run" / "DONE", (0, 0))
+    cell = sweep.Cell("arm", 0, tmp_path, (), {"stage": tmp_path / "run"}, ("stage",), "arm")
+    report = {"out": str(tmp_path / "r.md"), "measures": {"right": {}}, "text": "What.", "findings": "It is so."}
+    write(sweep.Sweep("s", [cell], report))
+    assert "What.\n\n## Findings\n\nIt is so.\n\n## Figures\n\n| arm |" in (tmp_path / "r.md").read_text()
