@@ -43,7 +43,19 @@ from lit_gen.metrics import scores
 from lit_gen.metrics.scores import Estimate
 from lit_gen.sweep import Cell, Sweep, is_tested, slug
 
-_KEYS = ("title", "out", "text", "findings", "reference", "measures", "claims", "pictures", "shown", "plots", "overviews")
+_KEYS = (
+    "title",
+    "out",
+    "text",
+    "findings",
+    "reference",
+    "measures",
+    "claims",
+    "pictures",
+    "shown",
+    "plots",
+    "overviews",
+)
 _WIDTH = 640  # pixels of a picture in the report, at most
 
 Points = dict[float, list[Cell]]  # value that the sweep went over -> cells, one for each seed

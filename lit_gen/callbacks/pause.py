@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from torch import Tensor
 
 from lit_gen import interrupts
 
@@ -20,8 +21,9 @@ class Pause(L.Callback):
 
     Args:
         max_time: wall-clock limit of the whole command; None for none.
-        vote_seconds: with several processes, seconds between the votes on whether to stop (a vote costs a collective
-            and makes the device catch up); a step that takes longer is followed by a vote each.
+        vote_seconds: with several processes, seconds between the votes on whether to stop; a step that takes longer
+            is followed by a vote each. What was voted is read a step later, when the device has long come to it, so
+            that nothing waits for the device.
     """
 
     def __init__(self, max_time: str | timedelta | dict[str, int] | None = None, vote_seconds: float = 2.0) -> None:
@@ -33,6 +35,7 @@ class Pause(L.Callback):
         self._step = trainer.global_step
         self._votes_in = self._between = 1
         self._voted = time.monotonic()
+        self._vote: Tensor | None = None  # of the ranks, if it has not been read yet
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -42,23 +45,33 @@ class Pause(L.Callback):
         self._step = trainer.global_step
         status = interrupts.status(self.limit)
         if trainer.world_size > 1:
+            own, status = status, self._read_vote()
             self._votes_in -= 1
-            if self._votes_in:
-                return
-            status = self._vote(trainer, status)
+            if not self._votes_in:
+                self._vote = self._ask(trainer, own)
         if status and not self._at_end(trainer):
             self.status, trainer.should_stop = status, True
             trainer.limit_val_batches = 0  # Lightning validates before it stops; the time for that is over
             trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None  # nor does it heed these
 
-    def _vote(self, trainer: L.Trainer, status: int) -> int:
-        """The status on which all ranks stop, or 0; also agreed on, by the slowest, is when to vote again."""
+    def _ask(self, trainer: L.Trainer, status: int) -> Tensor:
+        """The highest status of all ranks, and the pace of the slowest in seconds per step; 2, still being reduced."""
         now = time.monotonic()
-        pace = (now - self._voted) / self._between  # seconds per step
-        own = torch.tensor([float(status), pace], device=trainer.strategy.root_device)
-        agreed, slowest = trainer.strategy.reduce(own, reduce_op="max").tolist()
-        self._votes_in = self._between = max(1, min(int(self.vote_seconds / max(slowest, 1e-6)), 1000))
+        own = torch.tensor([float(status), (now - self._voted) / self._between])
         self._voted = now
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            own = own.pin_memory().to(device, non_blocking=True)
+        torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MAX)  # Lightning's own comes with a barrier
+        return own
+
+    def _read_vote(self) -> int:
+        """The status on which all ranks stop, or 0; also agreed on is in how many steps to vote again."""
+        if self._vote is None:
+            return 0
+        agreed, slowest = self._vote.tolist()
+        self._votes_in = self._between = max(1, min(int(self.vote_seconds / max(slowest, 1e-6)), 1000))
+        self._vote = None
         return int(agreed)
 
     @staticmethod
