@@ -18,6 +18,8 @@ from typing import Any
 from lit_gen import cli, experiment, interrupts
 from lit_gen.errors import UserError
 from lit_gen.experiment import Override, Run
+from lit_gen.files import read_json, write_whole
+from lit_gen.sweep import slug, task
 
 USAGE = """\
 usage: python -m lit_gen bench -c FILE [options] [settings]
@@ -35,6 +37,9 @@ options, besides those of fit:
   --baseline FILE       compare with an earlier bench.json; exit status 1 if an arm is slower
   --tolerance X         by more than this share (default 0.05)
   --out DIR             where bench.json and bench.md go (default: runs/bench/EXPERIMENT)
+  --continue            measure only what --out does not have yet of the same measurements
+  --task I/N            measure only the I-th of N parts of the arms and stages, e.g. each on a GPU of its own; the
+                        parts share --out
 """
 
 WINDOW, RESULT = "window.json", "bench.json"  # in a run folder: what to measure, and what was found
@@ -52,6 +57,24 @@ FIXED: list[Override] = [
 
 
 @dataclass
+class Part:
+    """One arm and stage to measure, and all that its figures depend on but code and machine."""
+
+    arm: str
+    stage: str
+    run: Run
+    request: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.arm, self.stage)))
+
+    def kept(self, out: Path) -> Path:
+        """Where its result lies, so that other tasks, and the same command again, find it."""
+        return out / "rows" / f"{slug(self.name)}.json"
+
+
+@dataclass
 class Options:
     """What `bench` understands besides the settings of an experiment."""
 
@@ -61,12 +84,13 @@ class Options:
     tolerance: float = 0.05
     baseline: str = ""
     out: str = ""
+    task: str = ""
     bare: bool = False
 
 
 def main(argv: list[str]) -> int:
     """Measure, print and store; returns 1 if the baseline was faster, and the status of an arm that failed."""
-    files, given, overrides = cli.parse([word for word in argv if word != "--bare"])
+    files, given, overrides = cli.parse([word for word in argv if word not in ("--bare", "--continue")])
     if given.get("help"):
         print(USAGE)
         return 0
@@ -77,29 +101,51 @@ def main(argv: list[str]) -> int:
     options, arms, overrides = _options(overrides, "--bare" in argv)
     baseline = _read(Path(options.baseline)) if options.baseline else None
     stage = given.get("stage")
-    rows: list[dict[str, Any]] = []
     failed = 0
     with tempfile.TemporaryDirectory(prefix="lit_gen-bench-") as folder:
         plan = _plan(files, overrides, arms, str(stage) if stage else None, options, folder)
         name = str(experiment.read(files, overrides).data.get("experiment") or Path(files[-1]).stem)
         out = Path(options.out or Path("runs", "bench", name))
-        for arm, place, run in plan:
-            print(f"bench: {' '.join(filter(None, (arm, place)))}", flush=True)
-            code = cli.launch(["bench", str(run.write_request("fit", argv))])
+        number, count = task(options.task or "0/1")
+        own = plan[number::count]
+        if "--continue" not in argv:
+            for part in own:
+                part.kept(out).unlink(missing_ok=True)
+        for part in own:
+            if _row(part, out) is not None:
+                print(f"bench: {part.name}: measured before", flush=True)
+                continue
+            print(f"bench: {part.name}", flush=True)
+            code = cli.launch(["bench", str(part.run.write_request("fit", argv))])
             if code in (interrupts.PAUSED, interrupts.OUT_OF_TIME):  # what was measured is stored
                 return code
-            if code or not (run.folder / RESULT).is_file():
-                print(f"error: {arm}: failed with exit status {code}", file=sys.stderr)
+            if code or not (part.run.folder / RESULT).is_file():
+                print(f"error: {part.arm}: failed with exit status {code}", file=sys.stderr)
                 failed = failed or code or 1
                 continue
-            rows.append({"arm": arm, "stage": place} | json.loads((run.folder / RESULT).read_text()))
-            _compare_with_first(rows)
-            store(out, {"experiment": name, "argv": argv, "rows": rows})
+            row = {"arm": part.arm, "stage": part.stage} | json.loads((part.run.folder / RESULT).read_text())
+            part.kept(out).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(part.kept(out), json.dumps({"request": part.request, "row": row}, indent=1))
+            store(out, {"experiment": name, "argv": argv, "rows": _rows(plan, out)})
+    rows = _rows(plan, out)
     if not rows:
         return failed or 1
     print(f"\n{table(rows)}\n\nstored in {out}/bench.json and bench.md")
     slower = compare(rows, baseline, options.tolerance) if baseline else False
     return failed or int(slower)
+
+
+def _row(part: Part, out: Path) -> dict[str, Any] | None:
+    """What was measured of a part, if it was."""
+    found = read_json(part.kept(out))
+    return found["row"] if found and found["request"] == part.request else None
+
+
+def _rows(plan: list[Part], out: Path) -> list[dict[str, Any]]:
+    """What has been measured so far, by whichever task, each held against the first of its stage."""
+    rows = [row for part in plan if (row := _row(part, out)) is not None]
+    _compare_with_first(rows)
+    return rows
 
 
 def _options(overrides: list[Override], bare: bool) -> tuple[Options, list[str], list[Override]]:
@@ -125,21 +171,22 @@ def _options(overrides: list[Override], bare: bool) -> tuple[Options, list[str],
 
 def _plan(
     files: list[str], overrides: list[Override], arms: list[str], stage: str | None, options: Options, folder: str
-) -> list[tuple[str, str, Run]]:
-    """[(arm, stage or "", run with `window.json` in its folder)], all of them before any is run: slips show now."""
-    plan: list[tuple[str, str, Run]] = []
+) -> list[Part]:
+    """Every arm and stage, with `window.json` in its run folder, before any is run: slips show now."""
+    plan: list[Part] = []
     length = ("trainer.max_steps", str(options.warmup + options.steps * options.rounds))
     for i, arm in enumerate(arms or ["fit:"]):
         name, colon, words = arm.partition(":")
         if not colon:
             raise UserError(f'--arm "{arm}": write it as "NAME: --key value …"')
-        if name.strip() in (other for other, _, _ in plan):
+        if name.strip() in (part.arm for part in plan):
             raise UserError(f'--arm "{arm}": there is another arm of this name')
         more_words = shlex.split(words)
         more_files, more_options, more = cli.parse([word for word in more_words if word != "--bare"])
         if more_options:
             raise UserError(f'--arm "{arm}": --{next(iter(more_options))} has no place in an arm')
-        own = [*overrides, *more, ("run_root", f"{folder}/{i}")]
+        wanted = [*overrides, *more]
+        own = [*wanted, ("run_root", f"{folder}/{i}")]
         staged = bool(experiment.read([*files, *more_files], own).data.get("stages"))
         for run in experiment.select(experiment.runs([*files, *more_files], own), stage):
             run.overrides += [*FIXED, length]
@@ -148,7 +195,8 @@ def _plan(
             window = {"warmup": options.warmup, "steps": options.steps, "rounds": options.rounds}
             window["bare"] = options.bare or "--bare" in more_words
             (run.folder / WINDOW).write_text(json.dumps(window))
-            plan.append((name.strip(), run.folder.name if staged else "", run))
+            request = {"files": [*files, *more_files], "settings": [list(pair) for pair in wanted], "window": window}
+            plan.append(Part(name.strip(), run.folder.name if staged else "", run, request))
     return plan
 
 
@@ -218,14 +266,8 @@ def store(folder: Path, found: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     found = found | {"measured": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     command = shlex.join(["python", "-m", "lit_gen", "bench", *found["argv"]])
-    texts = {
-        RESULT: json.dumps(found, indent=1),
-        "bench.md": f"# {found['experiment']}\n\n`{command}`\n\n{table(found['rows'])}",
-    }
-    for name, text in texts.items():
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(folder / name)
+    write_whole(folder / RESULT, json.dumps(found, indent=1) + "\n")
+    write_whole(folder / "bench.md", f"# {found['experiment']}\n\n`{command}`\n\n{table(found['rows'])}\n")
 
 
 # -- baseline ---------------------------------------------------------------------------------------------------------

@@ -78,6 +78,24 @@ def test_what_fit_costs_over_a_bare_loop(lit_gen: Command, toy: Path, capsys: py
     assert "| MFU | bare loop | fit costs |" in capsys.readouterr().out
 
 
+def test_what_was_measured_is_not_measured_again(
+    lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["bench", "-c", "toy.yaml", "--stage", "one", *SHORT, "--arm", "a:", "--arm", "b: --model.pause 0.01"]
+    assert lit_gen(*argv, "--task", "1/2") == 0  # the other task is still to come
+    (second,) = rows()
+    assert second["arm"] == "b" and lit_gen(*argv, "--task", "0/2") == 0
+    first, again = rows()
+    assert (first["arm"], again["ms_per_step"]) == ("a", second["ms_per_step"])
+    assert again["efficiency_percent"] < 100 == second["efficiency_percent"]
+    capsys.readouterr()
+    assert lit_gen(*argv, "--continue") == 0 and rows() == [first, again]
+    assert capsys.readouterr().out.count("measured before") == 2
+    assert lit_gen(*argv[:-1], "b: --model.pause 0.03", "--continue") == 0  # not the same measurement
+    assert rows()[0] == first and rows()[1]["ms_per_step"] >= 30
+    assert lit_gen(*argv) == 0 and rows()[0]["ms_per_step"] != first["ms_per_step"]  # without the word, anew
+
+
 def test_a_baseline_that_was_faster_is_an_exit_status(lit_gen: Command, toy: Path) -> None:
     argv = ("bench", "-c", "toy.yaml", "--stage", "one", *SHORT, "--model.pause", "0.03")
     assert lit_gen(*argv, "--out", "before") == 0
@@ -110,6 +128,7 @@ def test_a_comparison_says_what_else_changed(capsys: pytest.CaptureFixture[str])
         (["-c", "toy.yaml", "--arm", "a: --model.widht 3"], "did you mean `width`?"),
         (["-c", "toy.yaml", "--steps", "many"], "--steps needs a number, not 'many'"),
         (["-c", "toy.yaml", "--rounds", "0"], "--rounds must be at least 1"),
+        (["-c", "toy.yaml", "--task", "2/2"], "--task 2/2: give it as I/N"),
         (["-c", "toy.yaml", "--smoke"], "bench has no option --smoke"),
         (["-c", "toy.yaml", "--baseline", "none.json"], "--baseline none.json: no such file"),
         (["-c", "toy.yaml", "--baseline", "toy.yaml"], "toy.yaml: not a bench.json"),
@@ -206,11 +225,18 @@ def test_the_commands_in_the_experiments_bind(here: Path, monkeypatch: pytest.Mo
     bound = []
     for file in sorted(Path("experiments/bench").glob("*.yaml")):
         text = file.read_text().replace("\\\n#", "")
-        for line in re.findall(r"python -m lit_gen bench (.*)", text):
+        words: dict[str, str] = {}  # of the shell
+
+        def told(line: str, words: dict[str, str] = words) -> str:
+            return re.sub(r"\$(\w+)", lambda found: words[found[1]], line)
+
+        for name, value in re.findall(r'^# +(\w+)="(.*)"$', text, re.MULTILINE):
+            words[name] = told(value)
+        for line in map(told, re.findall(r"python -m lit_gen bench (.*)", text)):
             files, _, overrides = cli.parse([word for word in shlex.split(line) if word != "--bare"])
             options, arms, overrides = bench._options(overrides, bare=False)
             plan = bench._plan(files, overrides, arms, None, options, str(here / str(len(bound))))
             length = options.warmup + options.steps * options.rounds
-            bound += [(Binding("fit", [run]).bound[0].fit.trainer, length) for _, _, run in plan]
+            bound += [(Binding("fit", [part.run]).bound[0].fit.trainer, length) for part in plan]
     assert {int(trainer.devices) for trainer, _ in bound} == {1, 2}
     assert all(trainer.max_steps == length and trainer.limit_val_batches == 0 for trainer, length in bound)
