@@ -160,6 +160,9 @@ class Particles(DistilledPictures):
             result["over time"] = contact_sheet(rows, rows=self.texts, size=size)
         return result
 
+    def subjects(self) -> list[str]:
+        return [repr(text) for text in self.texts]
+
     def name(self, index: int) -> str:
         return f"{index // self.count:02d}-{index % self.count:02d}"
 

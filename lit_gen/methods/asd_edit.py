@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +94,7 @@ class Edits(DistilledPictures):
             self.prompts, self.targets, before, self.after, self.changed = world.draw()
             pictures = render(before).rgb * 2 - 1
             self.truth = render(self.after).rgb * 2 - 1
+            self.sources = [f"{world.split} picture {world.seed}-{i} of the world" for i in range(world.count)]
         else:
             wanted = read_edits(edits) if isinstance(edits, str) else edits
             if not wanted:
@@ -101,6 +103,8 @@ class Edits(DistilledPictures):
             pictures = torch.stack(
                 [read_picture(Path(e.source), picture_shape(self.base)[1], "source") for e in wanted]
             )
+            # by content: a folder may move, and another picture may take a file's name
+            self.sources = [f"picture {hashlib.sha256(Path(e.source).read_bytes()).hexdigest()[:12]}" for e in wanted]
         self.register_buffer("originals", pictures, False)
         for name, texts in (("source", self.prompts), ("target", self.targets), ("null", [negative])):
             self.register_buffer(name, encode_text(self.base.tokenizer, self.base.text_encoder, texts), False)
@@ -185,6 +189,10 @@ class Edits(DistilledPictures):
         rows = [[column[i].cpu() for column in columns] for i in range(len(self.latents))]
         titles = ["source", *[""] * len(moments), "edit", *([] if self.truth is None else ["truth"])]
         return {"edits": contact_sheet(rows, columns=titles, rows=self.targets, size=max(64, self.originals.shape[-1]))}
+
+    def subjects(self) -> list[str]:
+        told = zip(self.sources, self.prompts, self.targets, strict=True)
+        return [f"{source} from {prompt!r} to {target!r}" for source, prompt, target in told]
 
     def name(self, index: int) -> str:
         return f"{index:02d}"

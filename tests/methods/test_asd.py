@@ -57,6 +57,24 @@ def test_a_run_moves_the_particles_and_draws_them(lit_gen: Command, tiny_base: P
     assert len(list(Path("runs/x/samples/predict").glob("??-??.png"))) == len(start)
 
 
+def test_trained_pictures_are_not_taken_for_other_prompts(
+    lit_gen: Command, tiny_base: Path, here: Path, capsys: pytest.CaptureFixture
+) -> None:
+    short = settings(tiny_base, sibling="sds", prompts=["a red cube", "a ball"])
+    short["trainer"] |= {"max_steps": 1, "val_check_interval": 1}
+    (here / "x.yaml").write_text(yaml.safe_dump(short))
+    assert lit_gen("fit", "-c", "x.yaml") == 0
+    for others, message in (
+        ('["a red cube", "a cat"]', "are of 'a ball' (number 2 of 2), not 'a cat': give the settings"),
+        ('["a red cube"]', "are of 2 subjects, not 1: give the settings"),
+    ):
+        capsys.readouterr()
+        assert lit_gen("predict", "-c", "x.yaml", "--model.prompts", others) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error and len(error.splitlines()) == 1
+    assert lit_gen("predict", "-c", "x.yaml") == 0
+
+
 def test_seeds_start_from_particles_of_their_own(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(seed: int) -> torch.Tensor:
         monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
