@@ -127,7 +127,7 @@ class Score:
     timesteps: Timesteps = field(default_factory=Timesteps)
 
     def __post_init__(self) -> None:
-        if self.guidance < 0:
+        if not 0 <= self.guidance < float("inf"):
             raise UserError(f"guidance is {self.guidance}; it must be 0 or more (1 is no guidance)")
 
 
@@ -158,6 +158,10 @@ class ScoreDistillation(nn.Module):
             text, guided = self.teach(noised, prompts)
             gradient = guided - self.baseline(noised, text, prompts)
         return Step(self.inject(latents, gradient, noised.t), logs=self.logs(gradient))
+
+    def moves_generator(self, step: int) -> bool:
+        """Whether a training step is the generator's too; in the others it gets zeros, which are not to be applied."""
+        return True
 
     def baseline(self, noised: Noised, text: Tensor, prompts: Prompts) -> Tensor:
         """b (B ...), without gradient; `text` is e_y, which the teacher has already predicted."""

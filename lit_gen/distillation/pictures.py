@@ -47,7 +47,7 @@ class DistilledPictures(DistillationMethod):
     ) -> None:
         super().__init__(discriminator_lr, discriminator_weight_decay, optimizer)
         self.base = load_base(base, parts=PIPELINE_PARTS)
-        self.schedule = Schedule(self.base.scheduler)
+        self.schedule = Schedule(self.base.scheduler, f"base {self.base.path!r}")
         self._oracle = oracle
         self.scores = Scores()
         self.strips: list[Tensor] = []
@@ -89,8 +89,8 @@ class DistilledPictures(DistillationMethod):
         return moved.square().mean((1, 2, 3)).sqrt() * (100 / steps)
 
     def subjects(self) -> list[str]:
-        """What the pictures are of, one line each. Weights that are pictures cannot follow other prompts, so a checkpoint
-        is only for the subjects it was trained on."""
+        """What the pictures are of, one line each. Weights that are pictures cannot follow other prompts, so a
+        checkpoint is only for the subjects it was trained on."""
         raise NotImplementedError
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

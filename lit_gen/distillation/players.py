@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.distillation.contract import Prompts
+from lit_gen.errors import at_least
 
 
 class UNetTeacher:
@@ -72,6 +73,7 @@ class LoRAFake(nn.Module):
 
     def __init__(self, unet: nn.Module, schedule: Schedule, rank: int = 4) -> None:
         super().__init__()
+        at_least(1, rank=rank)
         self.__dict__["unet"] = unet
         self.schedule, self.name = schedule, f"fake{len(getattr(unet, 'peft_config', {}))}"
         before = {id(p): p.requires_grad for p in unet.parameters()}

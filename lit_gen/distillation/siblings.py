@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.distillation.contract import Noised, Predictor, Prompts, Score, ScoreDistillation, Step
-from lit_gen.errors import UserError
+from lit_gen.errors import UserError, at_least
 
 
 class SDS(ScoreDistillation):
@@ -40,7 +40,7 @@ class ASD(ScoreDistillation):
         fake: the discriminator, a trainable noise predictor started from the teacher.
         gamma: in [-1, 0]; the paper has -0.5 in 3D and -1 in 2D, its configs -0.75. At -1 phi has no minimum and
             integrates the difference between samples and teacher: use a small learning rate and clipping.
-        eta: weight of the real samples' penalty; used where real samples are given.
+        eta: weight of the real samples' penalty, 0 or more; used where real samples are given.
         shared: one noising for both players (the paper's algorithm, and a forward pass less); the official code
             draws anew for the discriminator.
         official_v_target: the official code's target of the gamma term for a v-predicting discriminator, which is
@@ -61,8 +61,11 @@ class ASD(ScoreDistillation):
         every: int = 1,
     ) -> None:
         super().__init__(teacher, schedule, score)
-        if gamma < -1:
-            raise UserError(f"gamma is {gamma}; it must be -1 or more, or the discriminator's loss has no lower bound")
+        if not -1 <= gamma <= 0:
+            raise UserError(f"gamma is {gamma}; it must lie in [-1, 0] (below, the discriminator's loss has no bound)")
+        if not 0 <= eta < float("inf"):
+            raise UserError(f"eta is {eta}; it must be 0 or more (1 bounds the discriminator's loss from below)")
+        at_least(1, every=every)
         self.fake, self.gamma, self.eta, self.shared, self.every = fake, gamma, eta, shared, every
         self.official_v_target = official_v_target
 
@@ -75,8 +78,8 @@ class ASD(ScoreDistillation):
         noised = self.noised(latents, step)
         seen = noised if self.shared else self.noised_anywhere(latents)
         fake = self.fake(seen.noisy, seen.t, prompts)
-        generator, logs, text = latents.float().sum() * 0, {}, None
-        if step % self.every == self.every - 1:  # the generator's turn
+        generator, logs, text = latents.float().sum() * 0, {}, None  # DDP waits for a gradient of every parameter
+        if self.moves_generator(step):
             with torch.no_grad():
                 text, guided = self.teach(noised, prompts)
                 gradient = guided - (fake.detach() if self.shared else self.fake(noised.noisy, noised.t, prompts))
@@ -89,6 +92,9 @@ class ASD(ScoreDistillation):
         if self.gamma:  # grows without end when the discriminator runs away (card 9)
             logs["discriminator distance"] = (fake - text).detach().norm() / text.norm().clamp(min=1e-12)
         return Step(generator, discriminator, logs | {"discriminator loss": discriminator.detach()})
+
+    def moves_generator(self, step: int) -> bool:
+        return step % self.every == self.every - 1
 
     def judge(self, fake: Tensor, text: Tensor | None, noised: Noised) -> Tensor:
         """The discriminator's loss on generated latents: e_phi B ... with gradient, e_y B ... (unused at gamma = 0)."""

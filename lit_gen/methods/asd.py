@@ -15,11 +15,11 @@ from lit_gen.callbacks.samples import contact_sheet
 from lit_gen.diffusion.compile import Compile
 from lit_gen.diffusion.sampling import noise_from
 from lit_gen.diffusion.text import encode_text
-from lit_gen.distillation.contract import Prompts, Score, ScoreDistillation
+from lit_gen.distillation.contract import Prompts, Score
 from lit_gen.distillation.pictures import DistilledPictures
 from lit_gen.distillation.players import UNetTeacher, grow_discriminator
 from lit_gen.distillation.siblings import ASD, SDS, ClassifierSD
-from lit_gen.errors import UserError
+from lit_gen.errors import UserError, at_least
 from lit_gen.methods.base import Optimizer, run_seed
 from lit_gen.metrics.counterparts import WorldPrompts, judge_prompts
 from lit_gen.world.scene import Scenes
@@ -79,6 +79,9 @@ class Particles(DistilledPictures):
         compile: Compile | None = None,
         optimizer: Optimizer = Optimizer(lr=0.03, weight_decay=0.0, clip_norm=0.0),
     ) -> None:
+        at_least(1, particles=particles, discriminator_steps=discriminator_steps, rank=rank, truths=truths)
+        if not 0 < spread < float("inf"):
+            raise UserError(f"spread is {spread}; it must be above 0")
         super().__init__(base, discriminator_lr, discriminator_weight_decay, oracle, optimizer)
         self.space, self.count, self.truths = space, particles, truths
         self.texts, self.scenes = _read(prompts, world)
@@ -90,9 +93,7 @@ class Particles(DistilledPictures):
         teacher = UNetTeacher(self.base.unet, self.schedule)
         # After the base is frozen: a discriminator's own parameters are trained.
         if sibling in ("sds", "classifier"):
-            self.distillation: ScoreDistillation = {"sds": SDS, "classifier": ClassifierSD}[sibling](
-                teacher, self.schedule, score
-            )
+            self.distillation = {"sds": SDS, "classifier": ClassifierSD}[sibling](teacher, self.schedule, score)
         else:
             self.discriminators = [grow_discriminator(discriminator, self.base.unet, self.schedule, self.text, rank)]
             gamma = 0.0 if sibling == "vsd" else gamma
@@ -103,6 +104,8 @@ class Particles(DistilledPictures):
                 every=discriminator_steps,
             )
         self.compiled = compile
+        if discriminator_steps > 1:
+            self.refuses_zero = "its optimizer cannot hold the particles while discriminator_steps is above 1"
 
     def configure_model(self) -> None:
         if self.compiled is not None:
@@ -123,8 +126,8 @@ class Particles(DistilledPictures):
         """The particles as latents P*N C h w, with gradient."""
         if self.space == "latents":
             return self.latents
-        posterior = self.base.vae.encode(self.latents.clamp(-1, 1)).latent_dist
-        return (posterior.mean - (self.base.vae.config.shift_factor or 0.0)) * self.base.vae.config.scaling_factor
+        # The gradient passes straight through the clamp, which would keep a third of a normal start where it is.
+        return self.base.encode_mean(self.latents + (self.latents.clamp(-1, 1) - self.latents).detach())
 
     @torch.no_grad()
     def pictures(self, latents: Tensor | None = None) -> Tensor:

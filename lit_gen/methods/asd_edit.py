@@ -22,7 +22,7 @@ from lit_gen.distillation.editing import CDS, DDS, DualASD
 from lit_gen.distillation.pictures import DistilledPictures
 from lit_gen.distillation.players import UNetTeacher, grow_discriminator
 from lit_gen.distillation.siblings import ASD, SDS
-from lit_gen.errors import UserError
+from lit_gen.errors import UserError, at_least
 from lit_gen.methods.asd import picture_shape
 from lit_gen.methods.base import Optimizer
 from lit_gen.metrics.counterparts import CHANGES, WorldEdits
@@ -88,6 +88,8 @@ class Edits(DistilledPictures):
         oracle: str | None = None,
         optimizer: Optimizer = Optimizer(lr=0.05, betas=(0.0, 0.99), weight_decay=0.0, clip_norm=0.0),
     ) -> None:
+        at_least(1, rank=rank)
+        at_least(0, contrast_weight=contrast_weight)
         super().__init__(base, discriminator_lr, discriminator_weight_decay, oracle, optimizer)
         self.truth: Tensor | None = None
         if edits is None:
@@ -108,8 +110,8 @@ class Edits(DistilledPictures):
         self.register_buffer("originals", pictures, False)
         for name, texts in (("source", self.prompts), ("target", self.targets), ("null", [negative])):
             self.register_buffer(name, encode_text(self.base.tokenizer, self.base.text_encoder, texts), False)
-        mean = self.base.posterior(pictures)[:, 0]
-        mean = (mean - (self.base.vae.config.shift_factor or 0.0)) * self.base.vae.config.scaling_factor
+        with torch.no_grad():
+            mean = self.base.encode_mean(pictures)
         self.register_buffer("start", mean, False)
         self.latents = nn.Parameter(mean.clone())
         self.distillation = self._sibling(sibling, score, kind, rank, gamma, eta, contrast_weight)

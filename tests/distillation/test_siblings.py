@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lit_gen.diffusion.sampling import classifier_free
 from lit_gen.distillation.contract import Noised, Prompts, Score, Timesteps
 from lit_gen.distillation.editing import DDS
+from lit_gen.distillation.players import LoRAFake
 from lit_gen.distillation.siblings import ASD, SDS, ClassifierSD, vsd
 from lit_gen.errors import UserError
 
@@ -88,7 +89,7 @@ def test_editing_compares_with_the_source_at_the_same_noise() -> None:
         method(z, prompts())
 
 
-@pytest.mark.parametrize("gamma", [-0.75, -0.5, 2.0])
+@pytest.mark.parametrize("gamma", [-0.75, -0.5, -0.25])
 def test_optimal_discriminator_has_a_closed_form(gamma: float) -> None:
     """(f + gamma e_y) / (1 + gamma) minimises the discriminator's loss at a noisy point."""
     particles, count = points(3, 5).detach(), 4000
@@ -209,7 +210,14 @@ def test_with_gamma_minus_one_guidance_hardly_matters() -> None:
     "make,message",
     [
         (lambda: Score(guidance=-1.0), "guidance is -1.0"),
+        (lambda: Score(guidance=float("nan")), "guidance is nan"),
         (lambda: ASD(Mixture(OVER), OVER, Score(), Told(None), gamma=-1.5), "gamma is -1.5"),
+        (lambda: ASD(Mixture(OVER), OVER, Score(), Told(None), gamma=0.5), "gamma is 0.5"),
+        (lambda: ASD(Mixture(OVER), OVER, Score(), Told(None), gamma=float("nan")), "gamma is nan"),
+        (lambda: ASD(Mixture(OVER), OVER, Score(), Told(None), eta=-0.5), "eta is -0.5"),
+        (lambda: ASD(Mixture(OVER), OVER, Score(), Told(None), eta=float("nan")), "eta is nan"),
+        (lambda: ASD(Mixture(OVER), OVER, Score(), Told(None), every=0), "`every` must be at least 1, not 0"),
+        (lambda: LoRAFake(nn.Linear(1, 1), OVER, rank=0), "`rank` must be at least 1, not 0"),
         (lambda: Timesteps(low=0.5, high=0.2), "timesteps.high is 0.2"),
     ],
 )

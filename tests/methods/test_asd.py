@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,46 @@ def test_seeds_start_from_particles_of_their_own(tiny_base: Path, monkeypatch: p
     assert torch.cat([start(0), start(1)]).unique(dim=0).shape[0] == 8
 
 
+def test_particles_are_held_while_the_discriminator_catches_up(
+    lit_gen: Command, tiny_base: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With three steps of the discriminator for one of theirs, they move in every third alone, momentum or not."""
+    seen: list[torch.Tensor] = []
+    remember = Particles.remember
+
+    def note(self: Particles, shown: torch.Tensor) -> None:
+        seen.append(
+            torch.cat([p.detach().flatten().clone() for p in (self.latents, *self.discriminators[0].trained())])
+        )
+        remember(self, shown)
+
+    monkeypatch.setattr(Particles, "remember", note)
+    alternating = settings(tiny_base, prompts=["a ball"], discriminator_steps=3, discriminator_lr=0.01)
+    alternating["trainer"] |= {"max_steps": 8, "val_check_interval": 8}
+    (here / "x.yaml").write_text(yaml.safe_dump(alternating))
+    assert lit_gen("fit", "-c", "x.yaml") == 0
+    model = Particles(**alternating["model"]["init_args"])
+    particles = model.latents.numel()
+    moves = [
+        [not torch.equal(b[k], a[k]) for k in (slice(particles), slice(particles, None))] for a, b in pairwise(seen)
+    ]
+    assert moves == [[step % 3 == 2, True] for step in range(7)]
+    assert "discriminator_steps" in model.refuses_zero
+
+
+def test_every_subpixel_has_a_gradient(tiny_base: Path) -> None:
+    """Also those that a normal start puts beyond black and white; and the encoder keeps its own precision."""
+    model = Particles(str(tiny_base), prompts=["a ball"], particles=2, sibling="sds", space="pixels")
+    beyond = model.latents.abs() > 1
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = model.as_latents()
+    assert torch.equal(latents, model.as_latents()) and latents.dtype == torch.float32
+    latents.backward(torch.randn_like(latents))
+    assert 0.3 < beyond.float().mean() < 0.34 and (model.latents.grad != 0)[beyond].float().mean() > 0.999
+    clamped = model.base.encode_mean(model.latents.detach().clamp(-1, 1))
+    torch.testing.assert_close(latents.detach(), clamped, atol=1e-4, rtol=1e-4)
+
+
 def test_drift_is_of_all_particles_over_the_last_steps(lit_gen: Command, tiny_base: Path, here: Path) -> None:
     """Eight moments for the strips, the latents of the middle of a short run for the drift; `test` finds both in the
     checkpoint."""
@@ -150,7 +192,28 @@ def test_true_pictures_cover_what_prompts_leave_open_and_copies_of_one_do_not() 
     assert (truth.pattern[:, 0] == 0).float().mean() > 0.7 and (truth.time == 0).float().mean() > 0.9
 
 
-def test_what_is_wrong_is_one_line(tiny_base: Path) -> None:
-    for wrong, message in (({"prompts": []}, "at least one text"), ({"gamma": -2.0}, "gamma is -2.0")):
-        with pytest.raises(UserError, match=message):
-            Particles(str(tiny_base), **{"prompts": ["a ball"], **wrong})
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"prompts": []}, "at least one text"),
+        ({"gamma": -2.0}, "gamma is -2.0"),
+        ({"particles": 0}, "`particles` must be at least 1, not 0"),
+        ({"discriminator_steps": 0}, "`discriminator_steps` must be at least 1, not 0"),
+        ({"rank": 0}, "`rank` must be at least 1, not 0"),
+        ({"spread": 0.0}, "spread is 0.0"),
+        ({"discriminator_lr": -1e-3}, "`discriminator_lr` must be at least 0, not -0.001"),
+        ({"discriminator_lr": float("nan")}, "`discriminator_lr` must be at least 0, not nan"),
+    ],
+)
+def test_what_is_wrong_is_one_line(tiny_base: Path, wrong: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as told:
+        Particles(str(tiny_base), **{"prompts": ["a ball"], **wrong})
+    assert len(str(told.value).splitlines()) == 1
+
+
+def test_a_base_that_predicts_something_else_is_named(tiny_base: Path, here: Path) -> None:
+    shutil.copytree(tiny_base, here / "other")
+    config = json.loads((here / "other/scheduler/scheduler_config.json").read_text())
+    (here / "other/scheduler/scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "sample"}))
+    with pytest.raises(UserError, match="^base '.*other' predicts 'sample'.*$"):
+        Particles(str(here / "other"), prompts=["a ball"])
