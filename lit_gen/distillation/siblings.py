@@ -81,14 +81,17 @@ class ASD(ScoreDistillation):
         generator, logs, text = latents.float().sum() * 0, {}, None  # DDP waits for a gradient of every parameter
         if self.moves_generator(step):
             with torch.no_grad():
-                text, guided = self.teach(noised, prompts)
+                [(text, guided)] = self.teach((noised, prompts))
                 gradient = guided - (fake.detach() if self.shared else self.fake(noised.noisy, noised.t, prompts))
             generator, logs = self.inject(latents, gradient, noised.t), self.logs(gradient)
         if self.gamma and (text is None or not self.shared):
             text = self.text(seen, prompts)
         discriminator = self.judge(fake, text, seen)
         if real is not None:
-            discriminator = discriminator + self.judge_real(self.noised_anywhere(real), prompts)
+            # At the noise levels of the generated ones: Eq. 8 compares the two.
+            true = self.noised(real, step) if self.shared else self.noised_anywhere(real)
+            known = self.fake(true.noisy, true.t, prompts)
+            discriminator = discriminator + self.judge_real(known, self.text(true, prompts), true)
         if self.gamma:  # grows without end when the discriminator runs away (card 9)
             logs["discriminator distance"] = (fake - text).detach().norm() / text.norm().clamp(min=1e-12)
         return Step(generator, discriminator, logs | {"discriminator loss": discriminator.detach()})
@@ -101,9 +104,8 @@ class ASD(ScoreDistillation):
         loss = F.mse_loss(fake, noised.noise)
         return loss + self.gamma * F.mse_loss(fake, self._target(text, noised)) if self.gamma else loss
 
-    def judge_real(self, noised: Noised, prompts: Prompts) -> Tensor:
-        """The discriminator's loss on real latents."""
-        fake, text = self.fake(noised.noisy, noised.t, prompts), self.text(noised, prompts)
+    def judge_real(self, fake: Tensor, text: Tensor, noised: Noised) -> Tensor:
+        """The discriminator's loss on real latents: e_phi B ... with gradient, e_y B ...."""
         return self.eta * F.mse_loss(fake, text) - F.mse_loss(fake, noised.noise)
 
     def noised_anywhere(self, latents: Tensor) -> Noised:
@@ -112,10 +114,9 @@ class ASD(ScoreDistillation):
         t = torch.randint(len(self.schedule), (len(clean),), device=clean.device)
         return Noised(clean, self.schedule.add_noise(clean, noise, t), noise, t)
 
-    @torch.no_grad()
     def text(self, noised: Noised, prompts: Prompts) -> Tensor:
         """e_y, by a pass of the teacher without the null prompt."""
-        return self.teacher(noised.noisy, noised.t, prompts.target)
+        return self.ask((noised, prompts.target))[0]
 
     def _target(self, text: Tensor, noised: Noised) -> Tensor:
         if not self.official_v_target:

@@ -18,7 +18,7 @@ from lit_gen.callbacks.samples import contact_sheet
 from lit_gen.data.images import read_picture
 from lit_gen.diffusion.text import encode_text
 from lit_gen.distillation.contract import Prompts, Score, ScoreDistillation, Timesteps
-from lit_gen.distillation.editing import CDS, DDS, DualASD
+from lit_gen.distillation.editing import CDS, DDS, DualASD, OriginReal
 from lit_gen.distillation.pictures import DistilledPictures
 from lit_gen.distillation.players import UNetTeacher, grow_discriminator
 from lit_gen.distillation.siblings import ASD, SDS
@@ -62,6 +62,8 @@ class Edits(DistilledPictures):
         rank: of the LoRA.
         gamma: of asd, see lit_gen.distillation.siblings.ASD.
         eta: of asd, weight of the real samples' penalty.
+        origin_real: of asd, what the source prompt's discriminator is shown as real, the "edit" or the "source"; see
+            lit_gen.distillation.editing.DualASD.
         discriminator_lr: learning rate of the discriminators.
         discriminator_weight_decay: decay of the discriminators towards the teacher.
         contrast_weight: of cds (official code 3).
@@ -81,6 +83,7 @@ class Edits(DistilledPictures):
         rank: int = 4,
         gamma: float = -1.0,
         eta: float = 0.5,
+        origin_real: OriginReal = "edit",
         discriminator_lr: float = 1e-4,
         discriminator_weight_decay: float = 0.0,
         contrast_weight: float = 3.0,
@@ -114,10 +117,18 @@ class Edits(DistilledPictures):
             mean = self.base.encode_mean(pictures)
         self.register_buffer("start", mean, False)
         self.latents = nn.Parameter(mean.clone())
-        self.distillation = self._sibling(sibling, score, kind, rank, gamma, eta, contrast_weight)
+        self.distillation = self._sibling(sibling, score, kind, rank, contrast_weight, gamma, eta, origin_real)
 
     def _sibling(
-        self, name: str, score: Score, kind: Any, rank: int, gamma: float, eta: float, contrast_weight: float
+        self,
+        name: str,
+        score: Score,
+        kind: Any,
+        rank: int,
+        contrast_weight: float,
+        gamma: float,
+        eta: float,
+        origin_real: OriginReal,
     ) -> ScoreDistillation:
         common = (UNetTeacher(self.base.unet, self.schedule), self.schedule, score)
         if name == "sds":
@@ -128,7 +139,8 @@ class Edits(DistilledPictures):
             return CDS(*common, self.base.unet, contrast_weight)
         texts = (self.target, self.source)
         self.discriminators = [grow_discriminator(kind, self.base.unet, self.schedule, text, rank) for text in texts]
-        return DualASD(*common, *(ASD(*common, phi, gamma, eta) for phi in self.discriminators))
+        players = [ASD(*common, phi, gamma, eta) for phi in self.discriminators]
+        return DualASD(*common, *players, origin_real)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         pictures, *others = super().parameter_groups()

@@ -145,7 +145,7 @@ class Noise(nn.Module):
     noise: Tensor
 
     def forward(self, noisy: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
-        return self.noise
+        return self.noise.repeat(len(noisy) // len(self.noise), 1, 1, 1)
 
 
 def test_dual_asd_with_perfect_discriminators_is_dds(base: Base, prompts: Prompts) -> None:
