@@ -101,7 +101,9 @@ def grow_discriminator(
 
 def predict(unet: nn.Module, schedule: Schedule, noisy: Tensor, t: Tensor, text: Tensor, **given: Any) -> Tensor:
     """Noise B C h w, float32, that a UNet's output means."""
-    output = unet(noisy.to(unet.dtype), t, text.to(unet.dtype), **given).sample.float()
+    output = unet(noisy.to(unet.dtype), t, text.to(unet.dtype), **given).sample
+    # A copy in any precision: what CUDA graphs return is a buffer of theirs, which the step's next pass overwrites.
+    output = output.to(torch.float32, copy=True)
     return schedule.split(output, noisy, t)[1]
 
 
