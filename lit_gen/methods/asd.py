@@ -111,9 +111,17 @@ class Particles(DistilledPictures):
         if self.compiled is not None:
             self.compiled.apply(self.base.unet)
 
+    def on_fit_start(self) -> None:
+        if self.compiled is not None:
+            self.compiled.refuse_accumulation(self.trainer.accumulate_grad_batches)
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.compiled is not None and self.compiled.replays_graphs:
+            # What the step before left in the graphs' buffers is no longer wanted. Left to itself torch guesses where a
+            # step begins, from passes of which here some have a gradient and some do not.
+            torch.compiler.cudagraph_mark_step_begin()
         index = batch // self.count
         prompts = Prompts(self.text[index], self.null.expand(len(index), -1, -1), index=index)
         latents = self.as_latents()
@@ -148,7 +156,7 @@ class Particles(DistilledPictures):
         found = judge_prompts(pictures, self.scenes.to(self.device), self.truths, self._oracle)
         if (drift := self.drift(pictures)) is not None:
             found["drift"] = drift.unflatten(0, (-1, self.count)).mean(1)
-        self.scores.add(self.texts, **{name.replace(" ", "_"): values for name, values in found.items()})
+        self.scores.add(numbered(self.texts), **{name.replace(" ", "_"): values for name, values in found.items()})
         return {name: values.mean() for name, values in found.items()}
 
     def preview(self) -> dict[str, Tensor]:
@@ -168,6 +176,11 @@ class Particles(DistilledPictures):
 
     def name(self, index: int) -> str:
         return f"{index // self.count:02d}-{index % self.count:02d}"
+
+
+def numbered(texts: list[str]) -> list[str]:
+    """Names of samples, which differ also where their texts do not."""
+    return [f"{i:02d} {text}" for i, text in enumerate(texts)]
 
 
 def latent_shape(base: Any) -> tuple[int, ...]:

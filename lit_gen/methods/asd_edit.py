@@ -23,7 +23,7 @@ from lit_gen.distillation.pictures import DistilledPictures
 from lit_gen.distillation.players import UNetTeacher, grow_discriminator
 from lit_gen.distillation.siblings import ASD, SDS
 from lit_gen.errors import UserError, at_least
-from lit_gen.methods.asd import picture_shape
+from lit_gen.methods.asd import numbered, picture_shape
 from lit_gen.methods.base import Optimizer
 from lit_gen.metrics.counterparts import CHANGES, WorldEdits
 from lit_gen.world.render import render
@@ -165,7 +165,9 @@ class Edits(DistilledPictures):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         if self.truth is not None:
             found = self.judge(self.pictures())
-            self.scores.add(self.targets, **{name.replace(" ", "_"): values for name, values in found.items()})
+            self.scores.add(
+                numbered(self.targets), **{name.replace(" ", "_"): values for name, values in found.items()}
+            )
             means = {name: values[~values.isnan()].mean() for name, values in found.items()}
             self.log_dict({name: mean for name, mean in means.items() if mean == mean}, batch_size=len(batch))
 

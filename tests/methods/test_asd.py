@@ -7,15 +7,17 @@ import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from lit_gen.diffusion.compile import Compile
 from lit_gen.distillation.contract import Prompts
 from lit_gen.errors import UserError
-from lit_gen.methods.asd import Particles
+from lit_gen.methods.asd import Particles, latent_shape
 from lit_gen.metrics.counterparts import WorldPrompts, judge_prompts, pictures_of
 from lit_gen.metrics.palette import coverage_error, palette_error, sliced_distance
 
@@ -57,6 +59,9 @@ def test_a_run_moves_the_particles_and_draws_them(lit_gen: Command, tiny_base: P
     assert (measured.get("drift", 0) > 0) == ("prompts" not in more)
     assert lit_gen("predict", "-c", "x.yaml") == 0
     assert len(list(Path("runs/x/samples/predict").glob("??-??.png"))) == len(start)
+    assert lit_gen("export", "-c", "x.yaml") == 0
+    exported = load_file("runs/x/export/weights.safetensors")
+    assert exported.keys() == weights.keys() and all(torch.equal(exported[name], weights[name]) for name in weights)
 
 
 def test_trained_pictures_are_not_taken_for_other_prompts(
@@ -161,6 +166,30 @@ def test_compiled_is_plain(tiny_base: Path, more: dict) -> None:
     counters = torch._dynamo.utils.counters
     # the frozen teacher's, and the discriminator's with gradient
     assert counters["stats"]["unique_graphs"] == (1 if "sibling" in more else 2) and not counters["graph_break"]
+
+
+def test_what_a_pass_predicted_outlives_the_next(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs return the same buffer from every pass; here the network does so."""
+    method = Particles(str(tiny_base), prompts=["a ball"], particles=2, sibling="sds")
+    buffer, passes = torch.empty(2, *latent_shape(method.base)), iter((1.0, 2.0))
+    monkeypatch.setattr(
+        method.base.unet, "forward", lambda *_, **__: SimpleNamespace(sample=buffer.fill_(next(passes)))
+    )
+    given = (torch.zeros_like(buffer), torch.zeros(2, dtype=torch.long), method.text.expand(2, -1, -1))
+    first, second = (method.distillation.teacher(*given) for _ in range(2))
+    assert (first == 1).all() and (second == 2).all()
+
+
+def test_cuda_graphs_and_accumulation_exclude_each_other(
+    lit_gen: Command, tiny_base: Path, here: Path, capsys: pytest.CaptureFixture
+) -> None:
+    graphs = settings(tiny_base, sibling="sds", prompts=["a ball"], compile={"mode": "reduce-overhead"})
+    graphs["trainer"]["accumulate_grad_batches"] = 2
+    (here / "x.yaml").write_text(yaml.safe_dump(graphs))
+    assert lit_gen("fit", "-c", "x.yaml") == 2
+    assert "trainer.accumulate_grad_batches is 2, which the CUDA graphs" in capsys.readouterr().err
+    Compile().refuse_accumulation(2)
+    Compile("reduce-overhead").refuse_accumulation(1)
 
 
 def test_true_pictures_have_the_true_palette_and_garish_ones_do_not() -> None:

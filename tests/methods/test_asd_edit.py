@@ -44,6 +44,13 @@ def test_a_run_moves_the_pictures_and_draws_them(lit_gen: Command, tiny_base: Pa
     assert len(json.loads(Path("runs/x/scores.json").read_text())["psnr"]) == 3
 
 
+def test_scores_of_edits_to_the_same_text_stand_side_by_side(tiny_base: Path) -> None:
+    model = Edits(str(tiny_base), world=WorldEdits(2), sibling="sds")
+    model.targets, model.log_dict = ["a ball"] * 2, lambda *_, **__: None
+    model.validation_step(torch.arange(2), 0)
+    assert [*model.scores.values["psnr"]] == ["00 a ball", "01 a ball"]
+
+
 def test_trained_edits_are_not_taken_for_others(tiny_base: Path, here: Path) -> None:
     """Whatever the files are called: what counts is the picture, and both prompts."""
     for name, value in (("a", 0.0), ("b", 0.5)):
