@@ -104,7 +104,7 @@ class Particles(DistilledPictures):
                 every=discriminator_steps,
             )
         self.compiled = compile
-        if discriminator_steps > 1:
+        if discriminator_steps > 1 and self.discriminators:
             self.refuses_zero = "its optimizer cannot hold the particles while discriminator_steps is above 1"
 
     def configure_model(self) -> None:
