@@ -22,6 +22,8 @@ from lit_gen.metrics.counterparts import WorldPrompts, judge_prompts, pictures_o
 from lit_gen.metrics.palette import coverage_error, palette_error, sliced_distance
 
 Command = Callable[..., int]
+# By its whole path: oracles are kept by theirs, and other tests have one at this relative path.
+ORACLE = str(Path(__file__).parents[2] / "data/oracle")
 
 
 def settings(base: Path, **more: object) -> dict:
@@ -207,13 +209,14 @@ def test_true_pictures_have_the_true_palette_and_garish_ones_do_not() -> None:
     assert coverage_error(torch.tensor([0, 1, 2, 3]), torch.tensor([3, 2, 1, 0]), 4) == 0
     assert coverage_error(torch.tensor([0, 0, 0, -1]), torch.tensor([0, 1]), 4) == 0.5
     assert coverage_error(torch.tensor([-1]), torch.tensor([0, 1]), 4) == 1
+    assert coverage_error(torch.tensor([0, 1]), torch.tensor([]), 4) == 1
 
 
 def test_true_pictures_cover_what_prompts_leave_open_and_copies_of_one_do_not() -> None:
     """Everything is as in true pictures, but for the sizes of samples; one picture many times shows no variety."""
     _, scenes = WorldPrompts(1).draw()
     own = pictures_of(scenes, 32, seed=5)[0]
-    fair, poor = (judge_prompts(x, scenes, 64, "data/oracle") for x in (own, own[:1].expand(32, -1, -1, -1)))
+    fair, poor = (judge_prompts(x, scenes, 64, ORACLE) for x in (own, own[:1].expand(32, -1, -1, -1)))
     assert fair["prompt accuracy"] > 0.9 and fair["coverage error"] < 0.25 < 0.4 < poor["coverage error"]
     for name in ("size", "floor", "elevation", "across", "height"):
         assert fair[f"{name} coverage error"] < poor[f"{name} coverage error"], name
