@@ -15,9 +15,9 @@ class ShardError(UserError):
 
 
 def at_least(least: float, **values: float | None) -> None:
-    """UserError for the first of the settings that is smaller; None stands for one that was not made."""
+    """UserError for the first of the settings that is smaller, or no number; None stands for one that was not made."""
     for name, value in values.items():
-        if value is not None and value < least:
+        if value is not None and not value >= least:
             raise UserError(f"`{name}` must be at least {least}, not {value}")
 
 

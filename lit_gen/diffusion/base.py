@@ -93,15 +93,23 @@ class Base(nn.Module):
     @torch.no_grad()
     def posterior(self, images: Tensor) -> Tensor:
         """Images B 3 H W in [-1, 1] to the mean and standard deviation of their unscaled latents, B 2 C h w."""
+        return torch.cat([torch.stack([part.mean, part.std], 1) for part in self._posteriors(images)])
+
+    def encode_mean(self, images: Tensor) -> Tensor:
+        """Images B 3 H W in [-1, 1] to the mean scaled latents B C h w of their posteriors, with gradient."""
+        return self._scaled(torch.cat([part.mean for part in self._posteriors(images)]))
+
+    def _posteriors(self, images: Tensor) -> list[Any]:
         with self._own_precision():
             parts = images.to(self.vae.dtype).split(_at_once(*images.shape[-2:]))
-            found = [self.vae.encode(part).latent_dist for part in parts]
-        return torch.cat([torch.stack([part.mean, part.std], 1) for part in found])
+            return [self.vae.encode(part).latent_dist for part in parts]
 
     def draw(self, posterior: Tensor) -> Tensor:
         """Scaled latents [...] C h w drawn from posteriors [...] 2 C h w, which may be of a lower precision."""
         mean, std = posterior.to(self.vae.dtype).unbind(-4)
-        latents = mean + std * torch.randn(mean.shape, dtype=mean.dtype, device=mean.device)
+        return self._scaled(mean + std * torch.randn(mean.shape, dtype=mean.dtype, device=mean.device))
+
+    def _scaled(self, latents: Tensor) -> Tensor:
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     @torch.no_grad()

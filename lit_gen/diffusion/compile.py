@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from lit_gen.errors import UserError
+
 
 @dataclass
 class Compile:
@@ -28,6 +30,20 @@ class Compile:
     options: dict[str, bool | int | str] | None = None
     blocks: bool = False
     backend: str = "inductor"
+
+    @property
+    def replays_graphs(self) -> bool:
+        """Whether CUDA graphs are replayed, into whose buffers every call writes its outputs anew."""
+        return self.mode in ("reduce-overhead", "max-autotune") or bool((self.options or {}).get("triton.cudagraphs"))
+
+    def refuse_accumulation(self, batches: int) -> None:
+        """UserError for gradients of several batches that would be added up in buffers that each replay overwrites."""
+        if self.replays_graphs and batches > 1:
+            named = f"mode: {self.mode}" if self.mode else "options: {triton.cudagraphs: true}"
+            raise UserError(
+                f"trainer.accumulate_grad_batches is {batches}, which the CUDA graphs of compile ({named}) rule out: "
+                "take compile without them, or more at a time"
+            )
 
     def apply(self, unet: nn.Module) -> None:
         """Have a UNet of diffusers compiled when it is first called."""

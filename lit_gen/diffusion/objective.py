@@ -7,23 +7,32 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_gen.errors import UserError
+
 
 class Schedule(nn.Module):
     """A discrete variance-preserving noise schedule, z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps.
 
     Args:
         scheduler: any diffusers scheduler with `alphas_cumprod`; its prediction type and its timestep spacing are kept.
+        of: whose it is, for messages.
+
+    Raises:
+        UserError: it predicts neither noise nor velocity.
     """
 
     alphas_cumprod: Tensor
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, of: str = "the base") -> None:
         super().__init__()
         self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.clone().float(), persistent=False)
         config = scheduler.config
         self.prediction: Literal["epsilon", "v_prediction"] = config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction type {self.prediction!r} is not supported (epsilon, v_prediction)")
+            raise UserError(
+                f"{of} predicts {self.prediction!r} (`prediction_type` of its scheduler); supported are epsilon and "
+                "v_prediction"
+            )
         self.spacing: str = config.timestep_spacing
         self.steps_offset: int = config.steps_offset
         self.final_alpha = 1.0 if config.set_alpha_to_one else float(self.alphas_cumprod[0])

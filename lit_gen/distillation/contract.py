@@ -9,6 +9,7 @@ Letters: B latents, e_y and e_0 the teacher's noise predictions with the prompt 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -127,7 +128,7 @@ class Score:
     timesteps: Timesteps = field(default_factory=Timesteps)
 
     def __post_init__(self) -> None:
-        if self.guidance < 0:
+        if not 0 <= self.guidance < float("inf"):
             raise UserError(f"guidance is {self.guidance}; it must be 0 or more (1 is no guidance)")
 
 
@@ -155,9 +156,13 @@ class ScoreDistillation(nn.Module):
         """
         noised = self.noised(latents, step)
         with torch.no_grad():
-            text, guided = self.teach(noised, prompts)
+            [(text, guided)] = self.teach((noised, prompts))
             gradient = guided - self.baseline(noised, text, prompts)
         return Step(self.inject(latents, gradient, noised.t), logs=self.logs(gradient))
+
+    def moves_generator(self, step: int) -> bool:
+        """Whether a training step is the generator's too; in the others it gets zeros, which are not to be applied."""
+        return True
 
     def baseline(self, noised: Noised, text: Tensor, prompts: Prompts) -> Tensor:
         """b (B ...), without gradient; `text` is e_y, which the teacher has already predicted."""
@@ -172,15 +177,27 @@ class ScoreDistillation(nn.Module):
         noise = torch.randn_like(clean)
         return Noised(clean, self.schedule.add_noise(clean, noise, t), noise, t)
 
+    def teach(
+        self, *guided: tuple[Noised, Prompts], plain: Sequence[tuple[Noised, Tensor]] = ()
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(e_y, e_lam), both B ..., of each of `guided`, by one pass of the teacher, which needs no null prompt at
+        lam = 1; then (e_y, e_y) of each of `plain`: latents, and text states under which no guidance is wanted."""
+        lam = self.score.guidance
+        if lam == 1:
+            found = self.ask(*((noised, prompts.target) for noised, prompts in guided), *plain)
+            return [(text, text) for text in found]
+        asked = [(noised, text) for noised, prompts in guided for text in (prompts.null, prompts.target)]
+        found = self.ask(*asked, *plain)
+        both = zip(found[: len(asked) : 2], found[1 : len(asked) : 2], strict=True)
+        pairs = [(text, classifier_free(null, text, lam)) for null, text in both]
+        return pairs + [(text, text) for text in found[len(asked) :]]
+
     @torch.no_grad()
-    def teach(self, noised: Noised, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """(e_y, e_lam), both B ..., by one pass of the teacher, which needs no null prompt at lam = 1."""
-        if self.score.guidance == 1:
-            text = self.teacher(noised.noisy, noised.t, prompts.target)
-            return text, text
-        twice, states = torch.cat([noised.noisy] * 2), torch.cat([prompts.null, prompts.target])
-        null, text = self.teacher(twice, torch.cat([noised.t] * 2), states).chunk(2)
-        return text, classifier_free(null, text, self.score.guidance)
+    def ask(self, *asked: tuple[Noised, Tensor]) -> list[Tensor]:
+        """The teacher's predictions, B ... each, at latents under text states, by one pass."""
+        noisy, t = (torch.cat([getattr(noised, name) for noised, _ in asked]) for name in ("noisy", "t"))
+        found = self.teacher(noisy, t, torch.cat([text for _, text in asked]))
+        return list(found.split([len(noised.t) for noised, _ in asked]))
 
     def inject(self, latents: Tensor, gradient: Tensor, t: Tensor) -> Tensor:
         """A scalar whose gradient in latents is w(t) gradient / B, in float32; what is not finite is zero."""

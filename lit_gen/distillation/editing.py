@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from lit_gen.diffusion.objective import Schedule
 from lit_gen.distillation.contract import Noised, Predictor, Prompts, Score, ScoreDistillation, Step
 from lit_gen.distillation.siblings import ASD
 from lit_gen.errors import UserError
+
+OriginReal = Literal["edit", "source"]
 
 
 class DDS(ScoreDistillation):
@@ -24,6 +27,17 @@ class DDS(ScoreDistillation):
 
     source: Tensor | None = None
 
+    def forward(self, latents: Tensor, prompts: Prompts, step: int = 0) -> Step:
+        noised = self.noised(latents, step)
+        gradient = self.delta(noised, self.noised_source(noised), prompts)
+        return Step(self.inject(latents, gradient, noised.t), logs=self.logs(gradient))
+
+    @torch.no_grad()
+    def delta(self, noised: Noised, source: Noised, prompts: Prompts) -> Tensor:
+        """e_lam(x; y) - e_lam(src; z), B ...; the source under its own prompt is the last of the teacher's batch."""
+        (_, edit), (_, kept) = self.teach((noised, prompts), (source, of_source(prompts)))
+        return edit - kept
+
     def noised_source(self, noised: Noised) -> Noised:
         """The source pictures at the noise of their edits."""
         if self.source is None or len(self.source) != len(noised.clean):
@@ -31,9 +45,6 @@ class DDS(ScoreDistillation):
             raise UserError(f"{count} source pictures for {len(noised.clean)} edits; there must be one each")
         noisy = self.schedule.add_noise(self.source, noised.noise, noised.t)
         return Noised(self.source, noisy, noised.noise, noised.t)
-
-    def baseline(self, noised: Noised, text: Tensor, prompts: Prompts) -> Tensor:
-        return self.teach(self.noised_source(noised), of_source(prompts))[1]
 
 
 class CDS(DDS):
@@ -69,11 +80,9 @@ class CDS(DDS):
     def forward(self, latents: Tensor, prompts: Prompts, step: int = 0) -> Step:
         noised = self.noised(latents, step)
         source = self.noised_source(noised)
-        with torch.no_grad():
-            _, guided = self.teach(noised, prompts)
-            with self_attentions(self.unet) as seen:
-                gradient = guided - self.teach(source, of_source(prompts))[1]
-            kept = [features[-len(latents) :] for features in seen]  # those under the prompt, not the null prompt
+        with self_attentions(self.unet) as seen:
+            gradient = self.delta(noised, source, prompts)
+        kept = [features[-len(latents) :] for features in seen]  # the source's under its prompt, not the null prompt
         noisy = self.schedule.add_noise(latents, noised.noise, noised.t)  # with gradient
         with self_attentions(self.unet) as moved:
             self.teacher(noisy, noised.t, prompts.target)
@@ -99,39 +108,62 @@ class DualASD(DDS):
     """ASD for editing (paper Eq. 11): the difference of two discriminators, one of the target and one of the source.
 
     The gradient is w (e_lam(x; y) - e_phi1(x)) - w (e_lam(src; z) - e_phi2(src)); with both phi at the noise that was
-    added it is DDS. The exact losses were not published; each phi is trained by Eq. 8 and 9 with the source picture as
-    the real sample (our reconstruction, card 3.7).
+    added it is DDS. The exact losses were not published. Each phi is trained by Eq. 8 and 9 under its own prompt, phi1
+    with the edit as the generated and the source as the real sample (card 3.7). For phi2 there are two readings:
+
+    * `origin_real` "edit", ours: the source is its generated sample, the edit the real one. In ASD a discriminator is
+      subtracted at the samples that it is trained to know as generated. phi2 is subtracted at the source, so it has to
+      know that: where it does without limit, it predicts the added noise there, and the second half is that of DDS.
+    * "source", the card's: as for phi1, the source is real and the edit generated. Eq. 8 then drives phi2 away from
+      the noise at the very place where it is subtracted.
 
     Args:
         teacher, schedule, score: as for ScoreDistillation.
         target: ASD with the discriminator of the target prompt.
         origin: ASD with the discriminator of the source prompt.
+        origin_real: what the discriminator of the source prompt is shown as real.
     """
 
-    def __init__(self, teacher: Predictor, schedule: Schedule, score: Score, target: ASD, origin: ASD) -> None:
+    def __init__(
+        self,
+        teacher: Predictor,
+        schedule: Schedule,
+        score: Score,
+        target: ASD,
+        origin: ASD,
+        origin_real: OriginReal = "edit",
+    ) -> None:
         super().__init__(teacher, schedule, score)
-        self.target, self.origin = target, origin
+        self.target, self.origin, self.origin_real = target, origin, origin_real
 
     def forward(self, latents: Tensor, prompts: Prompts, step: int = 0) -> Step:
         noised = self.noised(latents, step)
         source, from_source = self.noised_source(noised), of_source(prompts)
-        edit, edit_text, edit_gap = self._gap(self.target, noised, prompts)
-        kept, kept_text, kept_gap = self._gap(self.origin, source, from_source)
-        gradient = edit_gap - kept_gap
-        # phi1 sees the edit as generated and the source as real; phi2 the other way round, each under its prompt.
+        # One pass of the teacher, and one of each discriminator over edit and source.
+        edit, kept, crossed, back = self.teach(
+            (noised, prompts), (source, from_source), plain=[(source, prompts.target), (noised, prompts.source)]
+        )
+        phi1_edit, phi1_source = _both(self.target, noised, source, prompts)
+        phi2_edit, phi2_source = _both(self.origin, noised, source, from_source)
+        gradient = (edit[1] - phi1_edit.detach()) - (kept[1] - phi2_source.detach())
+        generated, real = (phi2_edit, back[0], noised), (phi2_source, kept[0], source)
+        if self.origin_real == "edit":
+            generated, real = real, generated
         losses = [
-            self.target.judge(edit, edit_text, noised) + self.target.judge_real(source, prompts),
-            self.origin.judge(kept, kept_text, source) + self.origin.judge_real(noised, from_source),
+            self.target.judge(phi1_edit, edit[0], noised) + self.target.judge_real(phi1_source, crossed[0], source),
+            self.origin.judge(*generated) + self.origin.judge_real(*real),
         ]
-        pairs = ((edit.detach(), edit_text), (kept.detach(), kept_text))
+        pairs = ((phi1_edit.detach(), edit[0]), (phi2_source.detach(), kept[0]))
         distances = [(fake - text).norm() / text.norm().clamp(min=1e-12) for fake, text in pairs]
         logs = self.logs(gradient) | {"discriminator distance": torch.stack(distances).max()}
         return Step(self.inject(latents, gradient, noised.t), torch.stack(losses).sum(), logs)
 
-    def _gap(self, player: ASD, noised: Noised, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
-        text, guided = self.teach(noised, prompts)
-        fake = player.fake(noised.noisy, noised.t, prompts)
-        return fake, text, guided - fake.detach()
+
+def _both(player: ASD, noised: Noised, source: Noised, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """A discriminator's predictions for edits and sources, B ... each."""
+    index = None if prompts.index is None else torch.cat([prompts.index] * 2)
+    twice = Prompts(torch.cat([prompts.target] * 2), torch.cat([prompts.null] * 2), index=index)
+    return player.fake(torch.cat([noised.noisy, source.noisy]), torch.cat([noised.t, source.t]), twice).chunk(2)
 
 
 def of_source(prompts: Prompts) -> Prompts:

@@ -13,6 +13,7 @@ from lit_gen.callbacks.samples import save
 from lit_gen.diffusion.base import PIPELINE_PARTS, load_base
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.distillation.method import DistillationMethod
+from lit_gen.errors import UserError
 from lit_gen.methods.base import Optimizer
 from lit_gen.metrics.scores import Scores
 
@@ -23,8 +24,8 @@ _DRIFT = 100  # steps before the end at which all latents are kept
 class DistilledPictures(DistillationMethod):
     """Latents of pictures that a frozen base is distilled into, all of them in every step. No data is needed.
 
-    A subclass sets `latents` (a parameter B ...) and `discriminators`, and says what a step, a validation, `name` and
-    `preview` are.
+    A subclass sets `latents` (a parameter B ...) and `discriminators`, and says what a step, a validation, `subjects`,
+    `name` and `preview` are.
 
     Args:
         base: Hub id, diffusers folder or single-file checkpoint of the teacher.
@@ -46,7 +47,7 @@ class DistilledPictures(DistillationMethod):
     ) -> None:
         super().__init__(discriminator_lr, discriminator_weight_decay, optimizer)
         self.base = load_base(base, parts=PIPELINE_PARTS)
-        self.schedule = Schedule(self.base.scheduler)
+        self.schedule = Schedule(self.base.scheduler, f"base {self.base.path!r}")
         self._oracle = oracle
         self.scores = Scores()
         self.strips: list[Tensor] = []
@@ -87,10 +88,17 @@ class DistilledPictures(DistillationMethod):
         moved = (pictures - self.pictures(self.late[1].to(pictures.device))) / 2
         return moved.square().mean((1, 2, 3)).sqrt() * (100 / steps)
 
+    def subjects(self) -> list[str]:
+        """What the pictures are of, one line each. Weights that are pictures cannot follow other prompts, so a
+        checkpoint is only for the subjects it was trained on."""
+        raise NotImplementedError
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["strips"], checkpoint["late"] = self.strips, self.late
+        checkpoint["strips"], checkpoint["late"], checkpoint["subjects"] = self.strips, self.late, self.subjects()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = self.subjects()
+        refuse_others(checkpoint.get("subjects", own), own)
         super().on_load_checkpoint(checkpoint)
         self.strips, self.late = list(checkpoint.get("strips", [])), checkpoint.get("late")
         self._reached = checkpoint.get("global_step", 0)
@@ -121,3 +129,18 @@ class DistilledPictures(DistillationMethod):
         path = save(folder / "contact-sheet", next(iter(self.preview().values())))
         print(f"drawn: {path}")
         return path
+
+
+def refuse_others(trained: list[str], asked: list[str]) -> None:
+    """UserError, where the pictures of a checkpoint are of other subjects than those that are asked for."""
+    if trained == asked:
+        return
+    differ = next((i for i, pair in enumerate(zip(trained, asked, strict=False)) if pair[0] != pair[1]), None)
+    if differ is None:
+        what = f"{len(trained)} subjects, not {len(asked)}"
+    else:
+        what = f"{trained[differ]} (number {differ + 1} of {len(trained)}), not {asked[differ]}"
+    raise UserError(
+        f"the checkpoint's pictures are of {what}: give the settings they were trained with, or train these by `fit` "
+        "with another --experiment NAME or with --fresh"
+    )

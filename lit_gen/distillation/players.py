@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.distillation.contract import Prompts
+from lit_gen.errors import at_least
 
 
 class UNetTeacher:
@@ -72,6 +73,7 @@ class LoRAFake(nn.Module):
 
     def __init__(self, unet: nn.Module, schedule: Schedule, rank: int = 4) -> None:
         super().__init__()
+        at_least(1, rank=rank)
         self.__dict__["unet"] = unet
         self.schedule, self.name = schedule, f"fake{len(getattr(unet, 'peft_config', {}))}"
         before = {id(p): p.requires_grad for p in unet.parameters()}
@@ -99,7 +101,9 @@ def grow_discriminator(
 
 def predict(unet: nn.Module, schedule: Schedule, noisy: Tensor, t: Tensor, text: Tensor, **given: Any) -> Tensor:
     """Noise B C h w, float32, that a UNet's output means."""
-    output = unet(noisy.to(unet.dtype), t, text.to(unet.dtype), **given).sample.float()
+    output = unet(noisy.to(unet.dtype), t, text.to(unet.dtype), **given).sample
+    # A copy in any precision: what CUDA graphs return is a buffer of theirs, which the step's next pass overwrites.
+    output = output.to(torch.float32, copy=True)
     return schedule.split(output, noisy, t)[1]
 
 

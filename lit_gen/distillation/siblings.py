@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.distillation.contract import Noised, Predictor, Prompts, Score, ScoreDistillation, Step
-from lit_gen.errors import UserError
+from lit_gen.errors import UserError, at_least
 
 
 class SDS(ScoreDistillation):
@@ -40,7 +40,7 @@ class ASD(ScoreDistillation):
         fake: the discriminator, a trainable noise predictor started from the teacher.
         gamma: in [-1, 0]; the paper has -0.5 in 3D and -1 in 2D, its configs -0.75. At -1 phi has no minimum and
             integrates the difference between samples and teacher: use a small learning rate and clipping.
-        eta: weight of the real samples' penalty; used where real samples are given.
+        eta: weight of the real samples' penalty, 0 or more; used where real samples are given.
         shared: one noising for both players (the paper's algorithm, and a forward pass less); the official code
             draws anew for the discriminator.
         official_v_target: the official code's target of the gamma term for a v-predicting discriminator, which is
@@ -61,8 +61,11 @@ class ASD(ScoreDistillation):
         every: int = 1,
     ) -> None:
         super().__init__(teacher, schedule, score)
-        if gamma < -1:
-            raise UserError(f"gamma is {gamma}; it must be -1 or more, or the discriminator's loss has no lower bound")
+        if not -1 <= gamma <= 0:
+            raise UserError(f"gamma is {gamma}; it must lie in [-1, 0] (below, the discriminator's loss has no bound)")
+        if not 0 <= eta < float("inf"):
+            raise UserError(f"eta is {eta}; it must be 0 or more (1 bounds the discriminator's loss from below)")
+        at_least(1, every=every)
         self.fake, self.gamma, self.eta, self.shared, self.every = fake, gamma, eta, shared, every
         self.official_v_target = official_v_target
 
@@ -75,29 +78,34 @@ class ASD(ScoreDistillation):
         noised = self.noised(latents, step)
         seen = noised if self.shared else self.noised_anywhere(latents)
         fake = self.fake(seen.noisy, seen.t, prompts)
-        generator, logs, text = latents.float().sum() * 0, {}, None
-        if step % self.every == self.every - 1:  # the generator's turn
+        generator, logs, text = latents.float().sum() * 0, {}, None  # DDP waits for a gradient of every parameter
+        if self.moves_generator(step):
             with torch.no_grad():
-                text, guided = self.teach(noised, prompts)
+                [(text, guided)] = self.teach((noised, prompts))
                 gradient = guided - (fake.detach() if self.shared else self.fake(noised.noisy, noised.t, prompts))
             generator, logs = self.inject(latents, gradient, noised.t), self.logs(gradient)
         if self.gamma and (text is None or not self.shared):
             text = self.text(seen, prompts)
         discriminator = self.judge(fake, text, seen)
         if real is not None:
-            discriminator = discriminator + self.judge_real(self.noised_anywhere(real), prompts)
+            # At the noise levels of the generated ones: Eq. 8 compares the two.
+            true = self.noised(real, step) if self.shared else self.noised_anywhere(real)
+            known = self.fake(true.noisy, true.t, prompts)
+            discriminator = discriminator + self.judge_real(known, self.text(true, prompts), true)
         if self.gamma:  # grows without end when the discriminator runs away (card 9)
             logs["discriminator distance"] = (fake - text).detach().norm() / text.norm().clamp(min=1e-12)
         return Step(generator, discriminator, logs | {"discriminator loss": discriminator.detach()})
+
+    def moves_generator(self, step: int) -> bool:
+        return step % self.every == self.every - 1
 
     def judge(self, fake: Tensor, text: Tensor | None, noised: Noised) -> Tensor:
         """The discriminator's loss on generated latents: e_phi B ... with gradient, e_y B ... (unused at gamma = 0)."""
         loss = F.mse_loss(fake, noised.noise)
         return loss + self.gamma * F.mse_loss(fake, self._target(text, noised)) if self.gamma else loss
 
-    def judge_real(self, noised: Noised, prompts: Prompts) -> Tensor:
-        """The discriminator's loss on real latents."""
-        fake, text = self.fake(noised.noisy, noised.t, prompts), self.text(noised, prompts)
+    def judge_real(self, fake: Tensor, text: Tensor, noised: Noised) -> Tensor:
+        """The discriminator's loss on real latents: e_phi B ... with gradient, e_y B ...."""
         return self.eta * F.mse_loss(fake, text) - F.mse_loss(fake, noised.noise)
 
     def noised_anywhere(self, latents: Tensor) -> Noised:
@@ -106,10 +114,9 @@ class ASD(ScoreDistillation):
         t = torch.randint(len(self.schedule), (len(clean),), device=clean.device)
         return Noised(clean, self.schedule.add_noise(clean, noise, t), noise, t)
 
-    @torch.no_grad()
     def text(self, noised: Noised, prompts: Prompts) -> Tensor:
         """e_y, by a pass of the teacher without the null prompt."""
-        return self.teacher(noised.noisy, noised.t, prompts.target)
+        return self.ask((noised, prompts.target))[0]
 
     def _target(self, text: Tensor, noised: Noised) -> Tensor:
         if not self.official_v_target:

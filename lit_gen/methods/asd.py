@@ -15,11 +15,11 @@ from lit_gen.callbacks.samples import contact_sheet
 from lit_gen.diffusion.compile import Compile
 from lit_gen.diffusion.sampling import noise_from
 from lit_gen.diffusion.text import encode_text
-from lit_gen.distillation.contract import Prompts, Score, ScoreDistillation
+from lit_gen.distillation.contract import Prompts, Score
 from lit_gen.distillation.pictures import DistilledPictures
 from lit_gen.distillation.players import UNetTeacher, grow_discriminator
 from lit_gen.distillation.siblings import ASD, SDS, ClassifierSD
-from lit_gen.errors import UserError
+from lit_gen.errors import UserError, at_least
 from lit_gen.methods.base import Optimizer, run_seed
 from lit_gen.metrics.counterparts import WorldPrompts, judge_prompts
 from lit_gen.world.scene import Scenes
@@ -79,6 +79,9 @@ class Particles(DistilledPictures):
         compile: Compile | None = None,
         optimizer: Optimizer = Optimizer(lr=0.03, weight_decay=0.0, clip_norm=0.0),
     ) -> None:
+        at_least(1, particles=particles, discriminator_steps=discriminator_steps, rank=rank, truths=truths)
+        if not 0 < spread < float("inf"):
+            raise UserError(f"spread is {spread}; it must be above 0")
         super().__init__(base, discriminator_lr, discriminator_weight_decay, oracle, optimizer)
         self.space, self.count, self.truths = space, particles, truths
         self.texts, self.scenes = _read(prompts, world)
@@ -90,9 +93,7 @@ class Particles(DistilledPictures):
         teacher = UNetTeacher(self.base.unet, self.schedule)
         # After the base is frozen: a discriminator's own parameters are trained.
         if sibling in ("sds", "classifier"):
-            self.distillation: ScoreDistillation = {"sds": SDS, "classifier": ClassifierSD}[sibling](
-                teacher, self.schedule, score
-            )
+            self.distillation = {"sds": SDS, "classifier": ClassifierSD}[sibling](teacher, self.schedule, score)
         else:
             self.discriminators = [grow_discriminator(discriminator, self.base.unet, self.schedule, self.text, rank)]
             gamma = 0.0 if sibling == "vsd" else gamma
@@ -103,14 +104,24 @@ class Particles(DistilledPictures):
                 every=discriminator_steps,
             )
         self.compiled = compile
+        if discriminator_steps > 1 and self.discriminators:
+            self.refuses_zero = "its optimizer cannot hold the particles while discriminator_steps is above 1"
 
     def configure_model(self) -> None:
         if self.compiled is not None:
             self.compiled.apply(self.base.unet)
 
+    def on_fit_start(self) -> None:
+        if self.compiled is not None:
+            self.compiled.refuse_accumulation(self.trainer.accumulate_grad_batches)
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.compiled is not None and self.compiled.replays_graphs:
+            # What the step before left in the graphs' buffers is no longer wanted. Left to itself torch guesses where a
+            # step begins, from passes of which here some have a gradient and some do not.
+            torch.compiler.cudagraph_mark_step_begin()
         index = batch // self.count
         prompts = Prompts(self.text[index], self.null.expand(len(index), -1, -1), index=index)
         latents = self.as_latents()
@@ -123,8 +134,8 @@ class Particles(DistilledPictures):
         """The particles as latents P*N C h w, with gradient."""
         if self.space == "latents":
             return self.latents
-        posterior = self.base.vae.encode(self.latents.clamp(-1, 1)).latent_dist
-        return (posterior.mean - (self.base.vae.config.shift_factor or 0.0)) * self.base.vae.config.scaling_factor
+        # The gradient passes straight through the clamp, which would keep a third of a normal start where it is.
+        return self.base.encode_mean(self.latents + (self.latents.clamp(-1, 1) - self.latents).detach())
 
     @torch.no_grad()
     def pictures(self, latents: Tensor | None = None) -> Tensor:
@@ -145,7 +156,7 @@ class Particles(DistilledPictures):
         found = judge_prompts(pictures, self.scenes.to(self.device), self.truths, self._oracle)
         if (drift := self.drift(pictures)) is not None:
             found["drift"] = drift.unflatten(0, (-1, self.count)).mean(1)
-        self.scores.add(self.texts, **{name.replace(" ", "_"): values for name, values in found.items()})
+        self.scores.add(numbered(self.texts), **{name.replace(" ", "_"): values for name, values in found.items()})
         return {name: values.mean() for name, values in found.items()}
 
     def preview(self) -> dict[str, Tensor]:
@@ -160,8 +171,16 @@ class Particles(DistilledPictures):
             result["over time"] = contact_sheet(rows, rows=self.texts, size=size)
         return result
 
+    def subjects(self) -> list[str]:
+        return [repr(text) for text in self.texts]
+
     def name(self, index: int) -> str:
         return f"{index // self.count:02d}-{index % self.count:02d}"
+
+
+def numbered(texts: list[str]) -> list[str]:
+    """Names of samples, which differ also where their texts do not."""
+    return [f"{i:02d} {text}" for i, text in enumerate(texts)]
 
 
 def latent_shape(base: Any) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from lit_gen.distillation.contract import Prompts, Score
 from lit_gen.distillation.method import DistillationMethod
 from lit_gen.distillation.players import UNetTeacher, grow_discriminator
 from lit_gen.distillation.siblings import ASD
-from lit_gen.errors import UserError
+from lit_gen.errors import UserError, at_least
 from lit_gen.methods.asd import hash_of, latent_shape
 from lit_gen.methods.base import Optimizer
 from lit_gen.metrics.agreement import compare
@@ -73,11 +73,12 @@ class OneStep(DistillationMethod):
         pictures: int = 4,
         optimizer: Optimizer = Optimizer(lr=1e-4, weight_decay=0.0, clip_norm=1.0),
     ) -> None:
+        at_least(1, pictures=pictures, teacher_steps=teacher_steps, rank=rank)
         super().__init__(discriminator_lr, discriminator_weight_decay, optimizer)
         if not 0 < noise_level < 1:
             raise UserError(f"noise_level is {noise_level}; it must lie between 0 and 1")
         self.base = load_base(base, parts=PIPELINE_PARTS)
-        self.schedule = Schedule(self.base.scheduler)
+        self.schedule = Schedule(self.base.scheduler, f"base {self.base.path!r}")
         self.generator = copy.deepcopy(self.base.unet).requires_grad_(True).train()  # before it gets an adapter
         self.level = round(noise_level * len(self.schedule))
         self._oracle = oracle

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +18,12 @@ from lit_gen.callbacks.samples import contact_sheet
 from lit_gen.data.images import read_picture
 from lit_gen.diffusion.text import encode_text
 from lit_gen.distillation.contract import Prompts, Score, ScoreDistillation, Timesteps
-from lit_gen.distillation.editing import CDS, DDS, DualASD
+from lit_gen.distillation.editing import CDS, DDS, DualASD, OriginReal
 from lit_gen.distillation.pictures import DistilledPictures
 from lit_gen.distillation.players import UNetTeacher, grow_discriminator
 from lit_gen.distillation.siblings import ASD, SDS
-from lit_gen.errors import UserError
-from lit_gen.methods.asd import picture_shape
+from lit_gen.errors import UserError, at_least
+from lit_gen.methods.asd import numbered, picture_shape
 from lit_gen.methods.base import Optimizer
 from lit_gen.metrics.counterparts import CHANGES, WorldEdits
 from lit_gen.world.render import render
@@ -61,6 +62,8 @@ class Edits(DistilledPictures):
         rank: of the LoRA.
         gamma: of asd, see lit_gen.distillation.siblings.ASD.
         eta: of asd, weight of the real samples' penalty.
+        origin_real: of asd, what the source prompt's discriminator is shown as real, the "edit" or the "source"; see
+            lit_gen.distillation.editing.DualASD.
         discriminator_lr: learning rate of the discriminators.
         discriminator_weight_decay: decay of the discriminators towards the teacher.
         contrast_weight: of cds (official code 3).
@@ -80,6 +83,7 @@ class Edits(DistilledPictures):
         rank: int = 4,
         gamma: float = -1.0,
         eta: float = 0.5,
+        origin_real: OriginReal = "edit",
         discriminator_lr: float = 1e-4,
         discriminator_weight_decay: float = 0.0,
         contrast_weight: float = 3.0,
@@ -87,12 +91,15 @@ class Edits(DistilledPictures):
         oracle: str | None = None,
         optimizer: Optimizer = Optimizer(lr=0.05, betas=(0.0, 0.99), weight_decay=0.0, clip_norm=0.0),
     ) -> None:
+        at_least(1, rank=rank)
+        at_least(0, contrast_weight=contrast_weight)
         super().__init__(base, discriminator_lr, discriminator_weight_decay, oracle, optimizer)
         self.truth: Tensor | None = None
         if edits is None:
             self.prompts, self.targets, before, self.after, self.changed = world.draw()
             pictures = render(before).rgb * 2 - 1
             self.truth = render(self.after).rgb * 2 - 1
+            self.sources = [f"{world.split} picture {world.seed}-{i} of the world" for i in range(world.count)]
         else:
             wanted = read_edits(edits) if isinstance(edits, str) else edits
             if not wanted:
@@ -101,17 +108,27 @@ class Edits(DistilledPictures):
             pictures = torch.stack(
                 [read_picture(Path(e.source), picture_shape(self.base)[1], "source") for e in wanted]
             )
+            # by content: a folder may move, and another picture may take a file's name
+            self.sources = [f"picture {hashlib.sha256(Path(e.source).read_bytes()).hexdigest()[:12]}" for e in wanted]
         self.register_buffer("originals", pictures, False)
         for name, texts in (("source", self.prompts), ("target", self.targets), ("null", [negative])):
             self.register_buffer(name, encode_text(self.base.tokenizer, self.base.text_encoder, texts), False)
-        mean = self.base.posterior(pictures)[:, 0]
-        mean = (mean - (self.base.vae.config.shift_factor or 0.0)) * self.base.vae.config.scaling_factor
+        with torch.no_grad():
+            mean = self.base.encode_mean(pictures)
         self.register_buffer("start", mean, False)
         self.latents = nn.Parameter(mean.clone())
-        self.distillation = self._sibling(sibling, score, kind, rank, gamma, eta, contrast_weight)
+        self.distillation = self._sibling(sibling, score, kind, rank, contrast_weight, gamma, eta, origin_real)
 
     def _sibling(
-        self, name: str, score: Score, kind: Any, rank: int, gamma: float, eta: float, contrast_weight: float
+        self,
+        name: str,
+        score: Score,
+        kind: Any,
+        rank: int,
+        contrast_weight: float,
+        gamma: float,
+        eta: float,
+        origin_real: OriginReal,
     ) -> ScoreDistillation:
         common = (UNetTeacher(self.base.unet, self.schedule), self.schedule, score)
         if name == "sds":
@@ -122,7 +139,8 @@ class Edits(DistilledPictures):
             return CDS(*common, self.base.unet, contrast_weight)
         texts = (self.target, self.source)
         self.discriminators = [grow_discriminator(kind, self.base.unet, self.schedule, text, rank) for text in texts]
-        return DualASD(*common, *(ASD(*common, phi, gamma, eta) for phi in self.discriminators))
+        players = [ASD(*common, phi, gamma, eta) for phi in self.discriminators]
+        return DualASD(*common, *players, origin_real)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         pictures, *others = super().parameter_groups()
@@ -147,7 +165,9 @@ class Edits(DistilledPictures):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         if self.truth is not None:
             found = self.judge(self.pictures())
-            self.scores.add(self.targets, **{name.replace(" ", "_"): values for name, values in found.items()})
+            self.scores.add(
+                numbered(self.targets), **{name.replace(" ", "_"): values for name, values in found.items()}
+            )
             means = {name: values[~values.isnan()].mean() for name, values in found.items()}
             self.log_dict({name: mean for name, mean in means.items() if mean == mean}, batch_size=len(batch))
 
@@ -185,6 +205,10 @@ class Edits(DistilledPictures):
         rows = [[column[i].cpu() for column in columns] for i in range(len(self.latents))]
         titles = ["source", *[""] * len(moments), "edit", *([] if self.truth is None else ["truth"])]
         return {"edits": contact_sheet(rows, columns=titles, rows=self.targets, size=max(64, self.originals.shape[-1]))}
+
+    def subjects(self) -> list[str]:
+        told = zip(self.sources, self.prompts, self.targets, strict=True)
+        return [f"{source} from {prompt!r} to {target!r}" for source, prompt, target in told]
 
     def name(self, index: int) -> str:
         return f"{index:02d}"

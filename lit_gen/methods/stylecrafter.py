@@ -133,7 +133,7 @@ class StyleCrafter(Method):
                 raise UserError(f"sampling.size {list(how.size)}: base {base!r} draws multiples of {self.downscale}")
         for convolutional in (self.base.vae, self.base.unet):  # the faster layout, on CPUs too
             convolutional.to(memory_format=torch.channels_last)
-        self.schedule = Schedule(self.base.scheduler)
+        self.schedule = Schedule(self.base.scheduler, f"base {self.base.path!r}")
         # After the base is loaded: the style layers start from its text keys and values.
         self.adapter_size = size_of(adapter_weights, adapter)
         self.adapter = StyleAdapter(self.base.unet, self.base.image_encoder.config.hidden_size, self.adapter_size)

@@ -24,8 +24,8 @@ def palette_error(pictures: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
 def coverage_error(read: Tensor, truth: Tensor, classes: int) -> Tensor:
     """Total variation distance between the shares of classes among read (N) and true (M) values, -1 left out; 1 where
-    nothing was read."""
-    if not (read >= 0).any():
+    nothing was read of either."""
+    if not (read >= 0).any() or not (truth >= 0).any():
         return torch.ones((), device=read.device)
     shares = []
     for values in (read, truth):

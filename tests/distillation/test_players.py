@@ -12,9 +12,11 @@ from lit_gen.diffusion.base import Base, load_base
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.diffusion.text import encode_text
 from lit_gen.distillation.contract import Noised, Prompts, Score
-from lit_gen.distillation.editing import CDS, DualASD
-from lit_gen.distillation.players import EmbeddingFake, LoRAFake, UNetTeacher
+from lit_gen.distillation.editing import CDS, DDS, DualASD
+from lit_gen.distillation.players import EmbeddingFake, LoRAFake, UNetTeacher, grow_discriminator
 from lit_gen.distillation.siblings import ASD
+from lit_gen.methods.asd import Particles
+from lit_gen.methods.asd_distill import OneStep
 
 
 @pytest.fixture
@@ -114,12 +116,64 @@ def count_passes(unet: nn.Module) -> list[tuple[int, bool]]:
     return seen
 
 
-def test_asd_makes_two_passes_a_step(base: Base, prompts: Prompts) -> None:
+def make_fake(kind: str, base: Base, prompts: Prompts) -> nn.Module:
+    return grow_discriminator(kind, base.unet, Schedule(base.scheduler), prompts.target[:1])
+
+
+@pytest.mark.parametrize("kind", ["lora", "embedding"])
+def test_asd_makes_two_passes_a_step(base: Base, prompts: Prompts, kind: str) -> None:
     schedule = Schedule(base.scheduler)
-    method = ASD(UNetTeacher(base.unet, schedule), schedule, Score(), LoRAFake(base.unet, schedule))
+    method = ASD(UNetTeacher(base.unet, schedule), schedule, Score(), make_fake(kind, base, prompts))
     seen = count_passes(base.unet)
     method(latents(base).requires_grad_(), prompts)
     assert sorted(seen) == [(2, True), (4, False)]  # the discriminator's; the teacher's, with and without prompt
+    seen.clear()
+    method(latents(base).requires_grad_(), prompts, real=latents(base))
+    assert sorted(seen) == [(2, False), (2, True), (2, True), (4, False)]  # and the same two of real latents
+
+
+@pytest.mark.parametrize("kind", ["lora", "embedding"])
+def test_editing_asks_the_teacher_once(base: Base, prompts: Prompts, kind: str) -> None:
+    schedule = Schedule(base.scheduler)
+    common = (UNetTeacher(base.unet, schedule), schedule, Score())
+    seen = count_passes(base.unet)
+    for make, passes in (
+        (lambda: DDS(*common), [(8, False)]),  # edit and source, with and without their prompts
+        (lambda: CDS(*common, base.unet), [(2, True), (8, False)]),  # and the edit's features with gradient
+        # and each under the other's prompt; both discriminators, of edit and source
+        (
+            lambda: DualASD(*common, *(ASD(*common, make_fake(kind, base, prompts)) for _ in range(2))),
+            [(4, True), (4, True), (12, False)],
+        ),
+    ):
+        method = make()
+        method.source = latents(base).flip(0)
+        seen.clear()
+        method(latents(base).requires_grad_(), prompts)
+        assert sorted(seen) == passes
+
+
+@pytest.mark.parametrize("space", ["latents", "pixels"])
+@pytest.mark.parametrize("sibling", ["asd", "sds"])
+def test_a_step_in_latent_space_leaves_the_autoencoder_alone(tiny_base: Path, sibling: str, space: str) -> None:
+    """Pixels are encoded once; pictures are never decoded."""
+    method = Particles(str(tiny_base), prompts=["a ball"], particles=2, sibling=sibling, space=space)
+    seen: list[str] = []
+    for part in ("encoder", "decoder"):
+        getattr(method.base.vae, part).register_forward_hook(lambda *_, part=part: seen.append(part))
+    method.log_dict = method.remember = lambda *_, **__: None
+    method.training_step(torch.arange(2), 0).backward()
+    assert seen == (["encoder"] if space == "pixels" else [])
+
+
+def test_one_step_generators_pass_once_beside_asd(tiny_base: Path) -> None:
+    method = OneStep(str(tiny_base), prompts=["a ball"])
+    method.log_dict = lambda *_, **__: None
+    made, seen = count_passes(method.generator), count_passes(method.base.unet)
+    batch = {"posterior": torch.rand(2, 2, *latents(method.base).shape[1:]), "text_states": method._states(["a", "b"])}
+    method.training_step(batch, 0)
+    assert made == [(2, True)]
+    assert sorted(seen) == [(2, False), (2, True), (2, True), (4, False)]
 
 
 def test_contrast_prefers_the_source_s_own_layout(base: Base, prompts: Prompts) -> None:
@@ -145,7 +199,7 @@ class Noise(nn.Module):
     noise: Tensor
 
     def forward(self, noisy: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
-        return self.noise
+        return self.noise.repeat(len(noisy) // len(self.noise), 1, 1, 1)
 
 
 def test_dual_asd_with_perfect_discriminators_is_dds(base: Base, prompts: Prompts) -> None:

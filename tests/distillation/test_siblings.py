@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lit_gen.diffusion.sampling import classifier_free
 from lit_gen.distillation.contract import Noised, Prompts, Score, Timesteps
-from lit_gen.distillation.editing import DDS
+from lit_gen.distillation.editing import DDS, DualASD
+from lit_gen.distillation.players import LoRAFake
 from lit_gen.distillation.siblings import ASD, SDS, ClassifierSD, vsd
 from lit_gen.errors import UserError
 
@@ -83,12 +84,90 @@ def test_editing_compares_with_the_source_at_the_same_noise() -> None:
     _, s = coefficients(OVER, drawn.t)
     expected = s**2 / COUNT * (guided(drawn, 7.5) - guided(source, 7.5, label=2))
     assert torch.allclose(gradient(method, z), expected, atol=1e-5)
+    assert method.teacher.calls == [4 * COUNT]  # edit and source, each with and without its prompt
     method.source = points(5, 3).detach()
     with pytest.raises(UserError, match="3 source pictures for 64 edits"):
         method(z, prompts())
 
 
-@pytest.mark.parametrize("gamma", [-0.75, -0.5, 2.0])
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().mean()
+
+
+def wavy(noisy: Tensor, t: Tensor) -> Tensor:
+    return noisy.sin()
+
+
+@pytest.mark.parametrize("gamma,eta,shared", [(-0.5, 0.5, True), (-1.0, 1.0, True), (-0.75, 0.25, False)])
+def test_the_discriminators_loss_is_equations_8_and_9(gamma: float, eta: float, shared: bool) -> None:
+    """|e_phi(x_g) - eps|^2 - |e_phi(x_r) - eps|^2 + eta |e_y(x_r) - e_phi(x_r)|^2 + gamma |e_y(x_g) - e_phi(x_g)|^2."""
+    levels = Timesteps(0.4, 0.41)  # so that others would show
+    z, real, score = points(), points(7).detach(), Score(7.5, timesteps=levels)
+    method = ASD(Mixture(OVER), OVER, score, Told(wavy), gamma, eta, shared)
+    torch.manual_seed(3)
+    loss = method(z, prompts(), real=real).discriminator
+    torch.manual_seed(3)
+    if not shared:
+        method.noised(z)
+    g, r = (method.noised(x) if shared else method.noised_anywhere(x) for x in (z, real))
+    e_y = {id(x): Mixture(OVER)(x.noisy, x.t, words(0, COUNT)) for x in (g, r)}
+    e_phi = {id(x): x.noisy.sin() for x in (g, r)}
+    expected = mse(e_phi[id(g)], g.noise) + gamma * mse(e_y[id(g)], e_phi[id(g)])
+    without = expected
+    expected = expected - mse(e_phi[id(r)], r.noise) + eta * mse(e_y[id(r)], e_phi[id(r)])
+    assert torch.allclose(loss, expected, atol=1e-5) and not torch.allclose(loss, without, atol=1e-4)
+    assert ((r.t >= 400) & (r.t < 410)).all() == shared
+    torch.manual_seed(3)
+    assert torch.allclose(method(z, prompts()).discriminator, without, atol=1e-5)  # Algorithm 1
+
+
+def test_the_official_v_target_is_what_its_code_makes_of_e_y() -> None:
+    """get_velocity(x_0, e_y) = a e_y - s x_0, and the discriminator's v likewise from its noise and x_t; a^2 times
+    their distance is that of noises."""
+    z = points().detach()
+    drawn = same_draw(z)
+    a, s = coefficients(OVER, drawn.t)
+    text, fake = guided(drawn, 1.0), drawn.noisy.sin()
+    target = a * text - s * drawn.clean
+    own = (fake - s * drawn.noisy) / a
+    method = ASD(Mixture(OVER), OVER, Score(), Told(wavy), -0.5, official_v_target=True)
+    pull = (method.judge(fake, text, drawn) - mse(fake, drawn.noise)) / -0.5
+    assert torch.allclose(pull, (a * (own - target)).square().mean(), rtol=1e-4)
+    assert torch.allclose(a * target + s * drawn.noisy, a**2 * text + s**2 * drawn.noise, atol=1e-4)  # card 7.2
+    plain = ASD(Mixture(OVER), OVER, Score(), Told(wavy), -0.5)
+    assert torch.allclose((plain.judge(fake, text, drawn) - mse(fake, drawn.noise)) / -0.5, mse(fake, text))
+
+
+@pytest.mark.parametrize("lam", [1.0, 7.5])
+@pytest.mark.parametrize("origin_real", ["edit", "source"])
+def test_two_discriminators_have_the_losses_and_the_gradient_of_their_own(lam: float, origin_real: str) -> None:
+    """As if each prediction were made by itself; the teacher is asked once for all of them."""
+    gamma, eta, score, z = -0.5, 1.0, Score(lam, "uniform"), points()
+    phis = [Told(lambda noisy, t: noisy.sin()), Told(lambda noisy, t: noisy.cos())]
+    teacher = Mixture(OVER)
+    players = [ASD(teacher, OVER, score, phi, gamma, eta) for phi in phis]
+    method = DualASD(teacher, OVER, score, *players, origin_real)
+    method.source = points(5).detach()
+    torch.manual_seed(1)
+    step = method(z, prompts())
+    assert teacher.calls == [(4 if lam == 1 else 6) * COUNT]
+    edit = same_draw(z)
+    source = method.noised_source(edit)
+
+    def loss(phi: Told, label: int, generated: Noised, real: Noised) -> Tensor:
+        e_g, e_r = (phi(x.noisy, x.t, None) for x in (generated, real))
+        y_g, y_r = (guided(x, 1.0, label) for x in (generated, real))
+        true = eta * mse(y_r, e_r) - mse(e_r, real.noise)
+        return mse(e_g, generated.noise) + gamma * mse(y_g, e_g) + true
+
+    second = (edit, source) if origin_real == "source" else (source, edit)
+    expected = loss(phis[0], 0, edit, source) + loss(phis[1], 2, *second)
+    assert torch.allclose(step.discriminator, expected, atol=1e-5)
+    gap = guided(edit, lam) - edit.noisy.sin() - (guided(source, lam, 2) - source.noisy.cos())
+    assert torch.allclose(torch.autograd.grad(step.generator, z)[0], gap / COUNT, atol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [-0.75, -0.5, -0.25])
 def test_optimal_discriminator_has_a_closed_form(gamma: float) -> None:
     """(f + gamma e_y) / (1 + gamma) minimises the discriminator's loss at a noisy point."""
     particles, count = points(3, 5).detach(), 4000
@@ -127,7 +206,7 @@ def test_what_is_not_finite_moves_nothing() -> None:
 
 def test_passes_of_the_teacher() -> None:
     """No more than a method needs: e_0 only with guidance, e_y once, nothing for a discriminator's own turn."""
-    wavy = Told(lambda noisy, t: noisy.sin())
+    told = Told(wavy)
 
     def calls(make, lam: float = 7.5, step: int = 0) -> list[int]:
         teacher = Mixture(OVER)
@@ -138,13 +217,13 @@ def test_passes_of_the_teacher() -> None:
     for make in (SDS, ClassifierSD):
         assert calls(lambda t, s, m=make: m(t, OVER, s)) == both
         assert calls(lambda t, s, m=make: m(t, OVER, s), lam=1.0) == one
-    assert calls(lambda t, s: vsd(t, OVER, s, wavy)) == both
-    assert calls(lambda t, s: ASD(t, OVER, s, wavy)) == both  # one noising for both players
-    assert calls(lambda t, s: ASD(t, OVER, s, wavy, shared=False)) == both + one
-    assert calls(lambda t, s: vsd(t, OVER, s, wavy, shared=False)) == both
-    assert calls(lambda t, s: vsd(t, OVER, s, wavy, every=2), step=0) == []
-    assert calls(lambda t, s: ASD(t, OVER, s, wavy, every=2), step=0) == one
-    assert calls(lambda t, s: ASD(t, OVER, s, wavy, every=2), step=1) == both
+    assert calls(lambda t, s: vsd(t, OVER, s, told)) == both
+    assert calls(lambda t, s: ASD(t, OVER, s, told)) == both  # one noising for both players
+    assert calls(lambda t, s: ASD(t, OVER, s, told, shared=False)) == both + one
+    assert calls(lambda t, s: vsd(t, OVER, s, told, shared=False)) == both
+    assert calls(lambda t, s: vsd(t, OVER, s, told, every=2), step=0) == []
+    assert calls(lambda t, s: ASD(t, OVER, s, told, every=2), step=0) == one
+    assert calls(lambda t, s: ASD(t, OVER, s, told, every=2), step=1) == both
 
 
 def test_only_the_discriminator_learns_from_its_loss() -> None:
@@ -209,7 +288,14 @@ def test_with_gamma_minus_one_guidance_hardly_matters() -> None:
     "make,message",
     [
         (lambda: Score(guidance=-1.0), "guidance is -1.0"),
+        (lambda: Score(guidance=float("nan")), "guidance is nan"),
         (lambda: ASD(Mixture(OVER), OVER, Score(), Told(None), gamma=-1.5), "gamma is -1.5"),
+        (lambda: ASD(Mixture(OVER), OVER, Score(), Told(None), gamma=0.5), "gamma is 0.5"),
+        (lambda: ASD(Mixture(OVER), OVER, Score(), Told(None), gamma=float("nan")), "gamma is nan"),
+        (lambda: ASD(Mixture(OVER), OVER, Score(), Told(None), eta=-0.5), "eta is -0.5"),
+        (lambda: ASD(Mixture(OVER), OVER, Score(), Told(None), eta=float("nan")), "eta is nan"),
+        (lambda: ASD(Mixture(OVER), OVER, Score(), Told(None), every=0), "`every` must be at least 1, not 0"),
+        (lambda: LoRAFake(nn.Linear(1, 1), OVER, rank=0), "`rank` must be at least 1, not 0"),
         (lambda: Timesteps(low=0.5, high=0.2), "timesteps.high is 0.2"),
     ],
 )

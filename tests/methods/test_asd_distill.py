@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 from data.shard_sets import image_set
+from safetensors.torch import load_file
 
+from lit_gen.callbacks.samples import save
 from lit_gen.errors import UserError
 from lit_gen.methods.asd import latent_shape
 from lit_gen.methods.asd_distill import OneStep
@@ -53,6 +55,14 @@ def test_a_run_trains_both_players_and_draws(lit_gen: Command, tiny_base: Path, 
     assert "palette error" in measured and measured["variety"] > 0
     assert lit_gen("predict", "-c", "x.yaml", "--model.prompts", '["a red cube"]') == 0
     assert len(list(Path("runs/x/samples/predict").glob("00-*.png"))) == 2
+    assert lit_gen("export", "-c", "x.yaml") == 0
+    exported = load_file("runs/x/export/weights.safetensors")
+    untrained = start.draw(["a red cube"])
+    assert not start.load_state_dict(exported, strict=False).unexpected_keys
+    drawn = start.draw(["a red cube"])
+    save(here / "again", drawn[0])
+    assert (here / "again.png").read_bytes() == Path("runs/x/samples/predict/00-00.png").read_bytes()
+    assert not torch.equal(drawn, untrained)
 
 
 def test_the_generator_starts_as_the_bases_estimate_and_draws_in_one_pass(tiny_base: Path) -> None:

@@ -44,6 +44,30 @@ def test_a_run_moves_the_pictures_and_draws_them(lit_gen: Command, tiny_base: Pa
     assert len(json.loads(Path("runs/x/scores.json").read_text())["psnr"]) == 3
 
 
+def test_scores_of_edits_to_the_same_text_stand_side_by_side(tiny_base: Path) -> None:
+    model = Edits(str(tiny_base), world=WorldEdits(2), sibling="sds")
+    model.targets, model.log_dict = ["a ball"] * 2, lambda *_, **__: None
+    model.validation_step(torch.arange(2), 0)
+    assert [*model.scores.values["psnr"]] == ["00 a ball", "01 a ball"]
+
+
+def test_trained_edits_are_not_taken_for_others(tiny_base: Path, here: Path) -> None:
+    """Whatever the files are called: what counts is the picture, and both prompts."""
+    for name, value in (("a", 0.0), ("b", 0.5)):
+        save(here / name, torch.full((3, 64, 64), value))
+
+    def edits(source: str, target: str = "a cube") -> Edits:
+        return Edits(str(tiny_base), [Edit(str(here / source), "a ball", target)], sibling="sds")
+
+    checkpoint: dict = {"state_dict": {}}
+    edits("a.png").on_save_checkpoint(checkpoint)
+    (here / "a.png").rename(here / "c.png")
+    edits("c.png").on_load_checkpoint(checkpoint)
+    for other in (edits("b.png"), edits("c.png", "a cone")):
+        with pytest.raises(UserError, match="pictures are of picture .* from 'a ball' to 'a cube' .*, not"):
+            other.on_load_checkpoint(checkpoint)
+
+
 def test_a_discriminator_that_runs_away_is_told_once(
     lit_gen: Command, tiny_base: Path, here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
