@@ -20,6 +20,7 @@ from lit_gen.data.decode import encode_video
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Optimizer
 from lit_gen.methods.tenk_words import Objective, TenKWords
+from lit_gen.metrics.scores import read
 from lit_gen.retrieval.ranking import rank
 from lit_gen.retrieval.towers import FrameEncoder, LoRA, Size, TemporalPooling, TextEncoder, TextTower, VideoTower
 
@@ -317,7 +318,7 @@ def test_testing_scores_every_level_and_keeps_the_features(
     monkeypatch.chdir(trained)
     assert list(Path("data/shards").glob("stories.cache-*")) and list(Path("data/shards").glob("stories-val.cache-*"))
     assert lit_gen("test", *WORDS) == 0
-    scores = json.loads((RUN / "scores.json").read_text())
+    scores = read(RUN)
     assert len(scores["R@1 full"]) == len(scores["R@1 of ceiling mean of short"]) == 8
     assert {"R@1 mean of all unseen words", "R@1 expanded mean of all", "cut off full-university"} <= scores.keys()
     assert {"R@1 projected mean of short", "fitting first mean of short"} <= scores.keys()
