@@ -83,7 +83,7 @@ def test_drift_is_of_all_particles_over_the_last_steps(lit_gen: Command, tiny_ba
     assert measured == pytest.approx(float(expected), rel=1e-3)
     assert lit_gen("test", "-c", "x.yaml") == 0
     tested = scores.read(Path("runs/x"))["drift"]
-    assert sum(tested.values()) / 2 == pytest.approx(measured, rel=1e-5)
+    assert sum(tested.values()) / 2 == pytest.approx(measured, rel=1e-4)
 
 
 @pytest.mark.parametrize("more", [{"sibling": "sds"}, {"discriminator": "lora"}, {"discriminator": "embedding"}])
