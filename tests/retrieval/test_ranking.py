@@ -70,7 +70,7 @@ def stories() -> tuple[Gallery, list[Query], Tensor]:
         }
         for kind in kinds
     ]
-    gallery = Gallery([10, 11, 12, 13], list(torch.eye(4)), truths)
+    gallery = Gallery([10, 11, 12, 13], [torch.eye(4)], truths)
     queries, features = [], []
     for row, kind in enumerate(kinds):
         stated = {"events": [{"kind": [kind]}], "order": "some"}
