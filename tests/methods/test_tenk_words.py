@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -286,6 +287,13 @@ def test_towers_with_random_weights_and_folders_that_are_none(tiny_base: Path, t
     ):
         with pytest.raises(UserError):
             make()
+
+
+def test_several_processes_do_not_share_an_index(tiny_base: Path) -> None:
+    model = method(tiny_base, folders=["."])
+    model._trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(UserError, match="one index, which 2 processes would overwrite.*--trainer.devices 1"):
+        model.predict_dataloader()
 
 
 # -- end to end -------------------------------------------------------------------------------------------------------
