@@ -146,6 +146,8 @@ def test_captions_of_unknown_videos_and_empty_ones_are_refused(corpus: Path) -> 
     for row, message in (
         ({"video": "zzz", "level": "full-short", "text": "x"}, r"jsonl:1: a caption of zzz, which the annotations"),
         ({"video": "v_abc", "level": "full-short", "text": " "}, "an empty caption"),
+        ({"video": "v_abc", "level": "full-shrt", "text": "x"}, "no level `full-shrt`, did you mean `full-short`"),
+        ({"video": ["v_abc"], "level": "full-short", "text": "x"}, "must be texts"),
         ({"video": "v_abc", "text": "x"}, "not an object with"),
     ):
         (corpus / "captions.jsonl").write_text(json.dumps(row))
