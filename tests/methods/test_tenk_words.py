@@ -324,7 +324,8 @@ def test_testing_scores_every_level_and_keeps_the_features(
     lit_gen: Command, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(trained)
-    assert list(Path("data/shards").glob("stories.cache-*")) and list(Path("data/shards").glob("stories-val.cache-*"))
+    built = {path.name.partition(".")[0] for path in Path("data/shards").glob("stories*")}
+    assert built == {"stories-val"} and list(Path("data/shards").glob("stories-val.cache-*"))
     assert lit_gen("test", *WORDS) == 0
     scores = read(RUN)
     assert len(scores["R@1 full"]) == len(scores["R@1 of ceiling mean of short"]) == 8
@@ -355,7 +356,7 @@ def test_cached_features_give_the_same_losses(trained: Path, monkeypatch: pytest
 
     monkeypatch.chdir(trained)
     model = method(trained / "data/world-base", PLAIN, video_tower=VideoTower(cells=2, pooling="mean"))
-    data = Stories("data/stories.yaml", batch_size=4, frames=5, cached="float32")
+    data = Stories("data/stories-val.yaml", batch_size=4, frames=5, cached="float32")
     plain = next(iter(data.train_dataloader()))
     cache(None, "", model, data, "float32", ["cpu"])
     data._caches = {"train": find(data, model, "float32")}
