@@ -36,7 +36,7 @@ FRAMES = (*VIDEO, "npy")
 _PER_LEVEL = 3  # tellings of a training video at every level but "full"
 _RATE = 30  # frames a second of an ordinary video
 _PARAPHRASES = 2  # of each description that is tested
-_LOOKED_THROUGH = 2000  # samples that `check` reads
+_LOOKED_THROUGH = 2000  # samples whose ids `check` reads, in a second or so; training looks at all
 _AT_ONCE = 16, 2**24  # videos, and pixels, rendered together
 
 Captions = Literal["levels", "sentences"]
@@ -91,6 +91,17 @@ def _claim(owners: dict[int, str], number: int, name: str) -> None:
     """ShardError where another sample has that id: the losses would take both for one video."""
     if (other := owners.setdefault(number, name)) != name:
         raise ShardError(f"{other} and {name} both have the id {number}; give each video its own in its json")
+
+
+def require_own_ids(shards: ShardSet, most: int | None = None) -> None:
+    """ShardError where two videos of a set have one id; of the first `most`, of all by default."""
+    owners: dict[int, str] = {}
+    for index in range(min(len(shards), most or len(shards))):
+        try:
+            name, members = shards.read(index, {"json"})
+            _claim(owners, check_story(json.loads(members.get("json", b"null")))["id"], name)
+        except (BadSample, ValueError):  # told, and counted, where the sample is used
+            continue
 
 
 def segment_frames(count: int, frames: int, rng: np.random.Generator | None) -> np.ndarray:
@@ -218,14 +229,7 @@ class Stories(Shards):
         return StorySample(None, self.size, training=False)
 
     def look_through(self, shards: ShardSet) -> None:
-        """Whether every video has an id of its own, of as many as are read in a moment; training looks at all."""
-        owners: dict[int, str] = {}
-        for index in range(min(len(shards), _LOOKED_THROUGH)):
-            try:
-                name, members = shards.read(index, {"json"})
-                _claim(owners, check_story(json.loads(members.get("json", b"null")))["id"], name)
-            except (BadSample, ValueError):  # which has its own place to be told, and a tolerance
-                continue
+        require_own_ids(shards, _LOOKED_THROUGH)
 
     def preprocessing(self) -> dict[str, Any]:
         return {"size": self.size}

@@ -18,6 +18,7 @@ from lit_gen.data.frames import fitted
 from lit_gen.data.images import centre_crop
 from lit_gen.data.sets import SetFile
 from lit_gen.data.shards import BadSample, ShardSet, write_index, write_tar
+from lit_gen.data.storage import store_again
 from lit_gen.data.stories import (
     Stories,
     StorySample,
@@ -127,6 +128,8 @@ def test_two_videos_of_one_id_are_refused(tmp_path: Path, workers: int) -> None:
     why = r"000000.tar/000003 and 000005.tar/000007 both have the id 3"
     with pytest.raises(ShardError, match=why):
         odd.look_through(ShardSet.open(tmp_path / "set"))
+    with pytest.raises(ShardError, match=why):
+        store_again(tmp_path / "set", tmp_path / "again", 2, 16, "npy")
     with pytest.raises(ShardError, match="both have the id 3"):
         for _, _batch in zip(range(4), odd.train_dataloader(), strict=False):
             pass

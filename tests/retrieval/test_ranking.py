@@ -113,3 +113,5 @@ def test_captions_without_their_video_and_doubled_ids_are_refused() -> None:
     gallery.ids[2] = 10
     with pytest.raises(UserError, match="two videos of the gallery have the id 10"):
         gallery.gathered()
+    with pytest.raises(UserError, match="there is no video to search among"):
+        Gallery().gathered()
