@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from toy import TOY
 
 from lit_gen import sweep
@@ -131,7 +132,20 @@ def test_scores_leave_out_what_does_not_apply(tmp_path: Path) -> None:
     kept = Scores()
     kept.add(["a", "b"], style_error=np.array([0.5, float("nan")]))
     kept.write(tmp_path)
-    assert json.loads((tmp_path / "scores.json").read_text()) == {"style error": {"a": 0.5}}
+    assert scores.read(tmp_path) == {"style error": {"a": 0.5}}
+
+
+def test_scores_are_kept_small_and_older_files_are_read(tmp_path: Path) -> None:
+    found, keys = Scores(), [f"000000.tar/{i:08d}" for i in range(100)]
+    for measure in range(20):
+        found.add(keys[measure:], **{f"R@{measure}": torch.arange(100 - measure) / 7})
+    found.write(tmp_path)
+    assert (tmp_path / "scores.json").stat().st_size < 8 * 20 * 100 + 30 * 100
+    again = scores.read(tmp_path)
+    assert {name: list(column) for name, column in again.items()} == {n: list(c) for n, c in found.values.items()}
+    assert all(again[n][k] == pytest.approx(v, rel=1e-4) for n, c in found.values.items() for k, v in c.items())
+    (tmp_path / "scores.json").write_text(json.dumps(found.values))
+    assert scores.read(tmp_path) == found.values
 
 
 def test_a_claim_may_compare_two_measures(tmp_path: Path) -> None:

@@ -186,4 +186,8 @@ def _check_samples(
         except Exception as error:  # what the module makes of a sample that can be read
             report.problem(where, f"{shards.source}: {name} cannot be made a sample of: {described(error)}")
             return None
+    try:
+        module.look_through(shards)
+    except ShardError as error:
+        report.problem(where, f"{shards.source}: {error}")
     return made

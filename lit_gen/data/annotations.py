@@ -28,8 +28,8 @@ from lit_gen.data.decode import VIDEO
 from lit_gen.data.shards import Shard, write_index
 from lit_gen.data.split import Job, Samples, Task
 from lit_gen.data.storage import Store, stored
-from lit_gen.data.stories import FULL
-from lit_gen.errors import ShardError
+from lit_gen.data.stories import END_MARKS, FULL
+from lit_gen.errors import ShardError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Annotated:
 def join(sentences: list[str]) -> str:
     """Sentences as one text, each with its end mark."""
     clean = [" ".join(sentence.split()) for sentence in sentences]
-    return " ".join(sentence if sentence[-1] in ".!?" else f"{sentence}." for sentence in clean)
+    return " ".join(sentence if sentence[-1] in END_MARKS else f"{sentence}." for sentence in clean)
 
 
 def read_annotations(file: str | Path) -> list[Annotated]:
@@ -141,6 +141,8 @@ def _annotated(entry: dict[str, Any], file: Path, number: int) -> Annotated:
 
 def add_captions(annotated: list[Annotated], file: str | Path) -> None:
     """Add synthetic captions from JSON lines. ShardError where one has no video, or is not as described above."""
+    from lit_gen.world.stories.tell import LEVELS
+
     by_name = {one.video: one for one in annotated}
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
@@ -152,10 +154,14 @@ def add_captions(annotated: list[Annotated], file: str | Path) -> None:
             name, level, text = (row[key] for key in ("video", "level", "text"))
         except (ValueError, KeyError, TypeError):
             raise ShardError(f"{file}:{number}: not an object with `video`, `level` and `text`") from None
+        if not all(isinstance(value, str) for value in (name, level, text)):
+            raise ShardError(f"{file}:{number}: `video`, `level` and `text` must be texts")
         if name not in by_name:
             raise ShardError(f"{file}:{number}: a caption of {name}, which the annotations do not have")
-        if level == FULL or not isinstance(text, str) or not text.strip():
+        if level == FULL or not text.strip():
             raise ShardError(f"{file}:{number}: an empty caption, or a second paragraph, of {name}")
+        if level not in LEVELS:
+            raise ShardError(f"{file}:{number}: there is no level `{level}`{nearest(level, LEVELS)}")
         by_name[name].captions.append({key: row[key] for key in ("level", "text", "span") if key in row})
 
 

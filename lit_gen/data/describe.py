@@ -1,11 +1,12 @@
 """Synthetic captions of annotated videos by a language model: every level of a paragraph, checked before it is kept.
 
-`python -m lit_gen data describe ANNOTATIONS.json --model FOLDER --out captions.jsonl` continues where it was; what was
-refused, and why, stands in captions.refused.jsonl.
+`python -m lit_gen data describe ANNOTATIONS.json --model FOLDER --out captions.jsonl` continues where it was, with the
+model that captions.model.json names; what was refused, and why, stands in captions.refused.jsonl.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from lit_gen.data.annotations import Annotated
+from lit_gen.data.stories import split_sentences
 from lit_gen.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ REQUESTS = {
 # Least and most words: of summaries, and of retellings as shares of the source's.
 _SUMMARY = {"short": (2, 10), "medium": (4, 18), "long": (7, 30)}
 _RETELLING = (0.4, 3.0)
+_SAMPLED = 1024  # values of each weight that tell one model from another
 _PREAMBLE = re.compile(r"^(sure|certainly|of course|okay|here is|here's|here are)\b", re.IGNORECASE)
 
 
@@ -69,7 +72,15 @@ def plan(annotated: list[Annotated], partial: bool = True) -> Iterator[Work]:
                 yield Work(one.video, f"{duration}-{how}", source, span)
 
 
-def refusal(text: str, work: Work) -> str | None:
+@dataclass(frozen=True)
+class Answer:
+    """What a model said, and whether it stopped by itself."""
+
+    text: str
+    whole: bool
+
+
+def refusal(text: str, work: Work, whole: bool = True) -> str | None:
     """Why an answer cannot be a caption; None if it can."""
     words, given = text.split(), work.source.split()
     if not words:
@@ -78,13 +89,15 @@ def refusal(text: str, work: Work) -> str | None:
         return "not the text alone"
     if _plain(text) == _plain(work.source):
         return "a copy of the description"
+    if _plain(text) in map(_plain, split_sentences(work.source)):
+        return "a copy of one sentence of the description"
     if work.how in _SUMMARY:
         least, most = _SUMMARY[work.how]
     else:
         least, most = max(1, round(_RETELLING[0] * len(given))), round(_RETELLING[1] * len(given)) + 10
     if not least <= len(words) <= most:
         return f"{len(words)} words, not {least} to {most}"
-    return None
+    return None if whole else "cut off, as long as answers may be"
 
 
 def _plain(text: str) -> list[str]:
@@ -111,11 +124,21 @@ class Writer:
         except (OSError, ValueError) as error:
             raise UserError(f"--model {folder}: no language model: {str(error).splitlines()[0]}") from None
         self.model.eval()
+        self.name = str(folder)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
+    def fingerprint(self) -> str:
+        """sha256 of the beginning of every weight, the same on every device."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+            start = weight.flatten()[:_SAMPLED].to("cpu", torch.bfloat16).contiguous()
+            digest.update(start.view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     @torch.no_grad()
-    def answer(self, prompts: list[str], longest: int, seed: int, greedy: bool) -> list[str]:
+    def answer(self, prompts: list[str], longest: int, seed: int, greedy: bool) -> list[Answer]:
         """One answer for each prompt, the same each time."""
         if getattr(self.tokenizer, "chat_template", None):
             prompts = [
@@ -134,8 +157,17 @@ class Writer:
             found = self.model.generate(
                 **tokens, **choice, max_new_tokens=longest, pad_token_id=self.tokenizer.pad_token_id
             )
-        answers = self.tokenizer.batch_decode(found[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [_unquoted(text) for text in answers]
+        found = found[:, tokens["input_ids"].shape[1] :]
+        ends = torch.tensor(self._ends(), device=found.device)
+        whole = (torch.isin(found, ends).any(1) | (found.shape[1] < longest)).tolist()
+        texts = self.tokenizer.batch_decode(found, skip_special_tokens=True)
+        return [Answer(_unquoted(text), stopped) for text, stopped in zip(texts, whole, strict=True)]
+
+    def _ends(self) -> list[int]:
+        """Tokens that end an answer; a model may have several."""
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return [token for token in {*ends, self.tokenizer.eos_token_id} if token is not None]
 
 
 def _unquoted(text: str) -> str:
@@ -150,15 +182,24 @@ def describe(
     batch_size: int = 8,
     attempts: int = 3,
     partial: bool = True,
+    again: bool = False,
 ) -> tuple[int, int]:
     """Write the captions that are not in `out` yet; returns how many were written and how many refused for good.
 
     The first attempt is greedy, later ones are drawn; each depends on the caption alone, so that an interrupted run
-    ends as an uninterrupted one.
+    ends as an uninterrupted one. With `again`, what was refused is tried once more, with answers drawn anew.
+
+    Raises:
+        UserError: `out` was begun with another model, or has a line that is none of its own.
     """
     out = Path(out)
     refused_file = out.with_suffix(".refused.jsonl")
-    done = _done(out) | _done(refused_file)
+    done, refused_before = _done(out), _done(refused_file)
+    _keep_to_model(out, writer, bool(done or refused_before))
+    if again:
+        refused_file.unlink(missing_ok=True)  # each is written or refused anew
+    else:
+        done |= refused_before
     todo = [work for work in plan(annotated, partial) if work.name not in done]
     written = refused = 0
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -167,9 +208,9 @@ def describe(
             waiting = todo[start : start + batch_size]
             for attempt in range(attempts):
                 again = []
-                answers = _answers(writer, waiting, attempt)
-                for work, text in zip(waiting, answers, strict=True):
-                    reason = refusal(text, work)
+                answers = _answers(writer, waiting, attempt + (attempts if again else 0))
+                for work, answer in zip(waiting, answers, strict=True):
+                    text, reason = answer.text, refusal(answer.text, work, answer.whole)
                     if reason is None:
                         span = {"span": work.span} if work.span else {}
                         _append(kept, {"video": work.video, "level": work.level, "text": text, **span})
@@ -186,7 +227,21 @@ def describe(
     return written, refused
 
 
-def _answers(writer: Writer, waiting: list[Work], attempt: int) -> list[str]:
+def _keep_to_model(out: Path, writer: Writer, begun: bool) -> None:
+    """Write down whose captions a file has; UserError where they are another model's."""
+    file, model = out.with_suffix(".model.json"), {"model": writer.name, "weights": writer.fingerprint()}
+    if file.is_file():
+        was = json.loads(file.read_text())
+        if was["weights"] != model["weights"]:
+            raise UserError(f"{out} has the captions of another model ({was['model']}); choose another --out")
+        return
+    if begun:
+        logger.warning("%s does not tell whose captions it has; taken to be those of %s", out, writer.name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(model))
+
+
+def _answers(writer: Writer, waiting: list[Work], attempt: int) -> list[Answer]:
     prompts = [_TASK.format(source=work.source, request=REQUESTS[work.how]) for work in waiting]
     most = max(
         _SUMMARY[w.how][1] if w.how in _SUMMARY else round(_RETELLING[1] * len(w.source.split())) for w in waiting
@@ -214,4 +269,11 @@ def _done(file: Path) -> set[tuple[str, str]]:
         with file.open("r+b") as stream:
             stream.truncate(len(whole))
             os.fsync(stream.fileno())
-    return {(row["video"], row["level"]) for row in map(json.loads, whole.splitlines())}
+    names = set()
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            names.add((row["video"], row["level"]))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{file}:{number}: not an object with `video` and `level`; remove the line") from None
+    return names

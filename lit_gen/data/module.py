@@ -66,6 +66,9 @@ class Shards(L.LightningDataModule):
         """Settings that change what a sample's encodings are; those of random choices do not."""
         raise NotImplementedError
 
+    def look_through(self, shards: ShardSet) -> None:
+        """What `check` asks of a set besides single samples; ShardError where something is wrong."""
+
     def whole(self, shards: ShardSet) -> Transform:
         """What a sample is encoded from for the cache: all that training may see of it but random views."""
         return self.transform(shards, training=False)

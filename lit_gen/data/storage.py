@@ -17,7 +17,7 @@ from lit_gen.data.decode import IMAGE, decode, encode_video, open_picture
 from lit_gen.data.frames import fitted, read_frames
 from lit_gen.data.shards import BadSample, Shard, ShardSet, write_index
 from lit_gen.data.split import Job, Samples, Task
-from lit_gen.data.stories import FRAMES, segment_frames
+from lit_gen.data.stories import FRAMES, require_own_ids, segment_frames
 from lit_gen.errors import ShardError
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ def store_again(
         `out`, or None while other tasks have yet to write their part.
 
     Raises:
-        ShardError: the source is no set of stories, `out` exists, or too much cannot be read.
+        ShardError: the source is no set of stories, or two of its videos have one id; `out` exists, or too much cannot
+            be read.
     """
     out = Path(out)
     if out.exists():
@@ -107,6 +108,7 @@ def store_again(
     shards = ShardSet.open(source)
     if shards.kind != "stories":
         raise ShardError(f"{source} is a set of {shards.kind or 'unknown kind'}, not of stories")
+    require_own_ids(shards)
     key = hashlib.sha256(f"{shards.fingerprint} {frames} {size} {store}".encode()).hexdigest()
 
     def index(building: Path, written: list[Shard]) -> None:

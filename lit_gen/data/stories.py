@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -27,12 +28,15 @@ from lit_gen.data.frames import fitted
 from lit_gen.data.module import Precision, Shards
 from lit_gen.data.sets import SetFile
 from lit_gen.data.shards import BadSample, ShardSet
+from lit_gen.errors import ShardError
 
 FULL = "full"
+END_MARKS = (".", "!", "?")  # of a sentence
 FRAMES = (*VIDEO, "npy")
 _PER_LEVEL = 3  # tellings of a training video at every level but "full"
 _RATE = 30  # frames a second of an ordinary video
 _PARAPHRASES = 2  # of each description that is tested
+_LOOKED_THROUGH = 2000  # samples whose ids `check` reads, in a second or so; training looks at all
 _AT_ONCE = 16, 2**24  # videos, and pixels, rendered together
 
 Captions = Literal["levels", "sentences"]
@@ -47,9 +51,11 @@ class StorySample:
     training: bool
     captions: Captions = "levels"
     per_video: int = 1  # K
+    owners: dict[int, str] = field(default_factory=dict)  # id -> sample, of those seen
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         story = check_story(sample.get("json"))
+        _claim(self.owners, story["id"], sample["key"])
         paragraph = next(caption["text"] for caption in story["captions"] if caption["level"] == FULL)
         given = {"video_id": torch.tensor(story["id"]), "paragraph": paragraph, "key": sample["key"]}
         given |= self._seen(sample, rng)
@@ -79,6 +85,23 @@ class StorySample:
         if self.frames is None:
             return np.arange(count)
         return segment_frames(count, self.frames, rng if self.training else None)
+
+
+def _claim(owners: dict[int, str], number: int, name: str) -> None:
+    """ShardError where another sample has that id: the losses would take both for one video."""
+    if (other := owners.setdefault(number, name)) != name:
+        raise ShardError(f"{other} and {name} both have the id {number}; give each video its own in its json")
+
+
+def require_own_ids(shards: ShardSet, most: int | None = None) -> None:
+    """ShardError where two videos of a set have one id; of the first `most`, of all by default."""
+    owners: dict[int, str] = {}
+    for index in range(min(len(shards), most or len(shards))):
+        try:
+            name, members = shards.read(index, {"json"})
+            _claim(owners, check_story(json.loads(members.get("json", b"null")))["id"], name)
+        except (BadSample, ValueError):  # told, and counted, where the sample is used
+            continue
 
 
 def segment_frames(count: int, frames: int, rng: np.random.Generator | None) -> np.ndarray:
@@ -121,8 +144,9 @@ def some_sentences(paragraph: str, rng: np.random.Generator) -> str:
 
 
 def split_sentences(paragraph: str) -> list[str]:
-    """ "One. Two." -> ["One.", "Two."]"""
-    return [part if part.endswith(".") else f"{part}." for part in paragraph.rstrip().rstrip(".").split(". ")]
+    """ "One. Two! Three" -> ["One.", "Two!", "Three."]"""
+    parts = re.split(r"(?<=[.!?])\s+", paragraph.strip())
+    return [part if part[-1:] in END_MARKS else f"{part}." for part in parts]
 
 
 def check_story(story: Any) -> dict[str, Any]:
@@ -203,6 +227,9 @@ class Stories(Shards):
 
     def whole(self, shards: ShardSet) -> StorySample:
         return StorySample(None, self.size, training=False)
+
+    def look_through(self, shards: ShardSet) -> None:
+        require_own_ids(shards, _LOOKED_THROUGH)
 
     def preprocessing(self) -> dict[str, Any]:
         return {"size": self.size}

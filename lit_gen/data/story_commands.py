@@ -68,12 +68,14 @@ def describe(argv: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts answered together")
     parser.add_argument("--attempts", type=int, default=3, metavar="N", help="answers asked for until one is valid")
     parser.add_argument("--no-partial", action="store_true", help="only of whole videos")
+    parser.add_argument("--again", action="store_true", help="also try once more what was refused before")
     args = parser.parse_args(argv)
     from lit_gen.data.annotations import read_annotations
     from lit_gen.data.describe import Writer, describe
 
     annotated = read_annotations(args.annotations)
     writer = Writer(args.model, args.device)
-    written, refused = describe(annotated, writer, args.out, args.batch_size, args.attempts, not args.no_partial)
+    parts = not args.no_partial
+    written, refused = describe(annotated, writer, args.out, args.batch_size, args.attempts, parts, args.again)
     print(f"{args.out}: {written} captions written, {refused} refused")
     return 0

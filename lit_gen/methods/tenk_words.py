@@ -319,8 +319,13 @@ class TenKWords(Method):
         """Videos of the folders that the index does not have yet.
 
         Raises:
-            UserError: no folder, an empty description, or a folder without videos.
+            UserError: no folder, an empty description, a folder without videos, or several processes.
         """
+        if self.trainer.world_size > 1:
+            raise UserError(
+                f"predict keeps one index, which {self.trainer.world_size} processes would overwrite for each other; "
+                "add --trainer.devices 1 --trainer.num_nodes 1"
+            )
         if not self.folders:
             raise UserError("predict searches folders of videos, and none was given (--folder FOLDER)")
         if any(not text.strip() for text in self.prompts):

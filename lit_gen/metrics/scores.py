@@ -1,10 +1,17 @@
-"""Scores of single samples: kept while testing, written beside a run, and compared between runs."""
+"""Scores of single samples: kept while testing, written beside a run, and compared between runs.
+
+`scores.json` names every sample once, and has a column of values for each measure, null where it does not apply:
+
+    {"samples": ["000000.tar/00000000", …], "measures": {"R@1 full": [1, 0.5, null, …], …}}
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +21,7 @@ from torch import Tensor
 from lit_gen.errors import UserError
 
 FILE = "scores.json"
+_DIGITS = 5  # of a value in the file: intervals are wider than what that rounds away, and a sweep has many files
 
 
 class Scores:
@@ -46,16 +54,38 @@ class Scores:
         if together:
             folder.mkdir(parents=True, exist_ok=True)
             temporary = folder / f".{FILE}.tmp"
-            temporary.write_text(json.dumps(together))
+            temporary.write_text(json.dumps(_packed(together), separators=(",", ":")))
             temporary.replace(folder / FILE)
 
 
 def read(folder: Path) -> dict[str, dict[str, float]]:
-    """Measure -> key -> value, of a tested run."""
+    """Measure -> key -> value, of a tested run; also from files that name every sample under every measure."""
     try:
-        return json.loads((folder / FILE).read_text())
+        found = json.loads((folder / FILE).read_text())
     except FileNotFoundError:
         raise UserError(f"{folder} has no {FILE}; run `test` on it") from None
+    if not isinstance(found.get("samples"), list):
+        return found
+    keys = found["samples"]
+    return {
+        name: {key: value for key, value in zip(keys, column, strict=True) if value is not None}
+        for name, column in found["measures"].items()
+    }
+
+
+def _packed(values: dict[str, dict[str, float]]) -> dict[str, Any]:
+    keys = sorted({key for column in values.values() for key in column})
+    return {
+        "samples": keys,
+        "measures": {name: [_short(column.get(key)) for key in keys] for name, column in values.items()},
+    }
+
+
+def _short(value: float | None) -> float | None:
+    if value is None or not math.isfinite(value):
+        return value
+    value = float(f"{value:.{_DIGITS}g}")
+    return int(value) if value.is_integer() else value
 
 
 @dataclass(frozen=True)

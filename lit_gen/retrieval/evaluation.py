@@ -6,6 +6,7 @@ the mean of 1 / (videos that fit). Where captions say what they state that is kn
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,30 +50,42 @@ class Gallery:
     """The videos that are searched."""
 
     ids: list[int] = field(default_factory=list)
-    features: list[Tensor] = field(default_factory=list)  # D each, unit vectors
+    parts: list[Tensor] = field(default_factory=list)  # of `features`, B D each
     truths: list[dict[str, Any] | None] = field(default_factory=list)
 
+    @property
+    def features(self) -> Tensor:
+        """N D, unit vectors."""
+        return torch.cat(self.parts) if self.parts else torch.zeros(0, 0)
+
     def add(self, ids: Sequence[int], features: Tensor, truths: Sequence[dict[str, Any] | None]) -> None:
-        self.ids += ids
-        self.features += list(features.float().cpu())
-        self.truths += truths
+        if len(ids):
+            self.ids += ids
+            self.parts.append(features.float().cpu())
+            self.truths += truths
 
     def gathered(self) -> Gallery:
         """The videos of all ranks, in the order of their ids, so that nothing depends on who had which.
 
         Raises:
-            UserError: two videos have one id.
+            UserError: there is no video, or two have one id.
         """
-        parts: list[Gallery] = [self]
+        # One tensor that owns all of its memory: of a view, pickle would write all that it is a view of.
+        own = (self.ids, self.features, self.truths)
+        ranks = [own]
         if dist.is_available() and dist.is_initialized():
-            parts = [self] * dist.get_world_size()
-            dist.all_gather_object(parts, self)
-        rows = [row for part in parts for row in zip(part.ids, part.features, part.truths, strict=True)]
-        rows.sort(key=lambda row: row[0])
-        for one, other in zip(rows, rows[1:], strict=False):
-            if one[0] == other[0]:
-                raise UserError(f"two videos of the gallery have the id {one[0]}; give each its own in its json")
-        return Gallery(*(list(column) for column in zip(*rows, strict=True))) if rows else Gallery()
+            ranks = [own] * dist.get_world_size()
+            dist.all_gather_object(ranks, own)
+        ids = [number for rank in ranks for number in rank[0]]
+        if not ids:
+            raise UserError("there is no video to search among: the set is empty, or none of its samples can be read")
+        truths = [truth for rank in ranks for truth in rank[2]]
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        for one, other in itertools.pairwise(order):
+            if ids[one] == ids[other]:
+                raise UserError(f"two videos of the gallery have the id {ids[one]}; give each its own in its json")
+        features = torch.cat([rank[1] for rank in ranks if len(rank[0])])
+        return Gallery([ids[i] for i in order], [features[order]], [truths[i] for i in order])
 
 
 def queries_of(story: dict[str, Any], key: str, expanded: bool) -> list[Query]:
@@ -127,7 +140,7 @@ def evaluate(
     if lost is not None:
         raise UserError(f"{lost.key}: there is no video with the id {lost.video} that its captions are of")
     own = torch.tensor([rows[q.video] for q in queries], dtype=torch.long)
-    videos = torch.stack(gallery.features)
+    videos = gallery.features
     ranks = rank(features, videos, own, device=device)
     expansion = None if expanded is None else rank(expanded, videos, own, how, scale, device=device)
     other = None if projected is None else rank(projected, videos, own, device=device)

@@ -16,7 +16,7 @@ from lit_gen.data.decode import encode_video, read_video
 from lit_gen.data.describe import REQUESTS, Work, Writer, describe, plan, refusal
 from lit_gen.data.frames import read_frames
 from lit_gen.data.shards import ShardSet
-from lit_gen.errors import ShardError
+from lit_gen.errors import ShardError, UserError
 
 Command = Callable[..., int]
 SENTENCES = ["A man lifts a box", " He puts it down. ", "", "The box breaks!"]
@@ -146,6 +146,8 @@ def test_captions_of_unknown_videos_and_empty_ones_are_refused(corpus: Path) -> 
     for row, message in (
         ({"video": "zzz", "level": "full-short", "text": "x"}, r"jsonl:1: a caption of zzz, which the annotations"),
         ({"video": "v_abc", "level": "full-short", "text": " "}, "an empty caption"),
+        ({"video": "v_abc", "level": "full-shrt", "text": "x"}, "no level `full-shrt`, did you mean `full-short`"),
+        ({"video": ["v_abc"], "level": "full-short", "text": "x"}, "must be texts"),
         ({"video": "v_abc", "text": "x"}, "not an object with"),
     ):
         (corpus / "captions.jsonl").write_text(json.dumps(row))
@@ -198,7 +200,9 @@ def test_every_level_is_written_or_refused_and_a_killed_run_continues(model: Pat
     assert len(kept) == written and len(log) == refused and written + refused == 2 * 2 * len(REQUESTS)
     by_name = {work.name: work for work in plan(annotated())}
     assert all(refusal(row["text"], by_name[row["video"], row["level"]]) is None for row in kept)
-    assert all(refusal(row["text"], by_name[row["video"], row["level"]]) == row["reason"] for row in log)
+    for row in log:
+        work = by_name[row["video"], row["level"]]
+        assert row["reason"] in (refusal(row["text"], work), refusal(row["text"], work, whole=False))
     whole = out.read_bytes() + (tmp_path / "captions.refused.jsonl").read_bytes()
     # Cut off in the middle of a line, as by a kill; the rest is written again, the same.
     longer = out if len(kept) >= len(log) else tmp_path / "captions.refused.jsonl"
@@ -207,12 +211,40 @@ def test_every_level_is_written_or_refused_and_a_killed_run_continues(model: Pat
     again = out.read_bytes() + (tmp_path / "captions.refused.jsonl").read_bytes()
     assert sorted(again.splitlines()) == sorted(whole.splitlines())
     assert describe(annotated(), writer, out) == (0, 0)
+    written, refused = describe(annotated(), writer, out, attempts=1, again=True)
+    assert written + refused == len(log) and len(lines(tmp_path / "captions.refused.jsonl")) == refused
+    out.write_text('{"video": "a"}\n')
+    with pytest.raises(UserError, match=r"captions.jsonl:1: not an object with `video` and `level`"):
+        describe(annotated(), writer, out)
+
+
+def test_answers_that_do_not_stop_and_other_models_are_told(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer, out = Writer(model), tmp_path / "captions.jsonl"
+    row = {"video": "a", "level": "full-short", "text": "x"}
+    out.write_text(json.dumps(row) + "\n")
+    with caplog.at_level("WARNING"):
+        describe([], writer, out)
+    assert "does not tell whose captions it has" in caplog.text
+    described = writer.fingerprint()
+    said = iter([[[5, 6, 7]], [[5, 0, 0]], [[5, 6]]])  # at most three tokens; 0 ends an answer
+    monkeypatch.setattr(
+        writer.model, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor(next(said))], 1)
+    )
+    assert [writer.answer(["a man"], 3, 0, greedy=True)[0].whole for _ in range(3)] == [False, True, True]
+    writer.model.lm_head.weight.data.neg_()
+    assert writer.fingerprint() != described
+    with pytest.raises(UserError, match=r"has the captions of another model \(.*model0\); choose another --out"):
+        describe([], writer, out)
 
 
 def test_answers_are_checked() -> None:
     source = "A man lifts a box. He puts it down. The box breaks."
     short, plain = Work("a", "full-short", source), Work("a", "full-elementary", source)
     assert refusal("man breaks a box", short) is None
+    assert refusal("man breaks a box", short, whole=False) == "cut off, as long as answers may be"
+    assert refusal("a man lifts a box", short) == "a copy of one sentence of the description"
     assert refusal("", short) == "empty"
     assert refusal("man " * 11, short) == "11 words, not 2 to 10"
     assert refusal("Sure! man breaks box", short) == refusal("man\nbox", short) == "not the text alone"

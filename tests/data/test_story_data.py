@@ -18,6 +18,7 @@ from lit_gen.data.frames import fitted
 from lit_gen.data.images import centre_crop
 from lit_gen.data.sets import SetFile
 from lit_gen.data.shards import BadSample, ShardSet, write_index, write_tar
+from lit_gen.data.storage import store_again
 from lit_gen.data.stories import (
     Stories,
     StorySample,
@@ -121,6 +122,22 @@ def test_one_frame_of_each_part() -> None:
         assert set(drawn[:, part]) == set(range(3 * part, 3 * part + 3))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_two_videos_of_one_id_are_refused(tmp_path: Path, workers: int) -> None:
+    odd = Stories(str(story_set(tmp_path / "set", odd={7: story(3)})), batch_size=5, frames=2, workers=workers)
+    why = r"000000.tar/000003 and 000005.tar/000007 both have the id 3"
+    with pytest.raises(ShardError, match=why):
+        odd.look_through(ShardSet.open(tmp_path / "set"))
+    with pytest.raises(ShardError, match=why):
+        store_again(tmp_path / "set", tmp_path / "again", 2, 16, "npy")
+    with pytest.raises(ShardError, match="both have the id 3"):
+        for _, _batch in zip(range(4), odd.train_dataloader(), strict=False):
+            pass
+    again = Stories(str(story_set(tmp_path / "plain", count=5)), batch_size=5, frames=2, workers=workers)
+    loader = again.train_dataloader()
+    assert [len(list(loader)) for _ in range(2)] == [1, 1]  # a second pass shows no other videos
+
+
 def test_captions_are_drawn_by_axis_then_level() -> None:
     captions = [{"level": "full", "text": "p"}, {"level": "partial", "text": "a"}]
     captions += [{"level": "full-short", "text": f"b{i}"} for i in range(6)] + [{"level": "partial-long", "text": "c"}]
@@ -134,6 +151,7 @@ def test_captions_are_drawn_by_axis_then_level() -> None:
 def test_sentences_of_a_paragraph_are_left_out_in_order() -> None:
     paragraph = "One a. Two b. Three c. Four d."
     assert split_sentences(paragraph) == ["One a.", "Two b.", "Three c.", "Four d."]
+    assert split_sentences("Look!  A 3.5 m ball? It rolls") == ["Look!", "A 3.5 m ball?", "It rolls."]
     rng = np.random.default_rng(0)
     found = {some_sentences(paragraph, rng) for _ in range(600)}
     assert paragraph in found and "One a. Three c." in found and "Two b." in found and len(found) == 15

@@ -13,6 +13,7 @@ import yaml
 from lit_gen.callbacks.samples import save
 from lit_gen.errors import UserError
 from lit_gen.methods.asd_edit import Edit, Edits, psnr
+from lit_gen.metrics import scores
 from lit_gen.metrics.counterparts import CHANGES, WorldEdits
 from lit_gen.world.render import render
 
@@ -41,7 +42,7 @@ def test_a_run_moves_the_pictures_and_draws_them(lit_gen: Command, tiny_base: Pa
     assert list(Path("runs/x/samples").glob("step-000003/edits.png"))
     assert "psnr" in json.loads(Path("runs/x/metrics.json").read_text())["validate"]
     assert lit_gen("test", "-c", "x.yaml") == 0
-    assert len(json.loads(Path("runs/x/scores.json").read_text())["psnr"]) == 3
+    assert len(scores.read(Path("runs/x"))["psnr"]) == 3
 
 
 def test_scores_of_edits_to_the_same_text_stand_side_by_side(tiny_base: Path) -> None:

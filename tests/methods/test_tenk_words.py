@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from lit_gen.data.decode import encode_video
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Optimizer
 from lit_gen.methods.tenk_words import Objective, TenKWords
+from lit_gen.metrics.scores import read
 from lit_gen.retrieval.ranking import rank
 from lit_gen.retrieval.towers import FrameEncoder, LoRA, Size, TemporalPooling, TextEncoder, TextTower, VideoTower
 
@@ -287,6 +289,13 @@ def test_towers_with_random_weights_and_folders_that_are_none(tiny_base: Path, t
             make()
 
 
+def test_several_processes_do_not_share_an_index(tiny_base: Path) -> None:
+    model = method(tiny_base, folders=["."])
+    model._trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(UserError, match="one index, which 2 processes would overwrite.*--trainer.devices 1"):
+        model.predict_dataloader()
+
+
 # -- end to end -------------------------------------------------------------------------------------------------------
 
 
@@ -315,9 +324,10 @@ def test_testing_scores_every_level_and_keeps_the_features(
     lit_gen: Command, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(trained)
-    assert list(Path("data/shards").glob("stories.cache-*")) and list(Path("data/shards").glob("stories-val.cache-*"))
+    built = {path.name.partition(".")[0] for path in Path("data/shards").glob("stories*")}
+    assert built == {"stories-val"} and list(Path("data/shards").glob("stories-val.cache-*"))
     assert lit_gen("test", *WORDS) == 0
-    scores = json.loads((RUN / "scores.json").read_text())
+    scores = read(RUN)
     assert len(scores["R@1 full"]) == len(scores["R@1 of ceiling mean of short"]) == 8
     assert {"R@1 mean of all unseen words", "R@1 expanded mean of all", "cut off full-university"} <= scores.keys()
     assert {"R@1 projected mean of short", "fitting first mean of short"} <= scores.keys()
@@ -346,7 +356,7 @@ def test_cached_features_give_the_same_losses(trained: Path, monkeypatch: pytest
 
     monkeypatch.chdir(trained)
     model = method(trained / "data/world-base", PLAIN, video_tower=VideoTower(cells=2, pooling="mean"))
-    data = Stories("data/stories.yaml", batch_size=4, frames=5, cached="float32")
+    data = Stories("data/stories-val.yaml", batch_size=4, frames=5, cached="float32")
     plain = next(iter(data.train_dataloader()))
     cache(None, "", model, data, "float32", ["cpu"])
     data._caches = {"train": find(data, model, "float32")}

@@ -1,20 +1,12 @@
-"""The contrastive loss against its definition, and over two processes against one."""
+"""The contrastive loss against its definition."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lit_gen.metrics.scores import Scores
-from lit_gen.retrieval.contrast import gather, nce
-from lit_gen.retrieval.evaluation import Gallery, Query, evaluate, summarise
+from lit_gen.retrieval.contrast import nce
 
 
 def random_rows(count: int, seed: int) -> Tensor:
@@ -59,66 +51,3 @@ def test_a_batch_of_one_video_has_no_negatives_and_no_nan() -> None:
     loss = nce(a, b, 100.0, torch.arange(2), torch.arange(2), zero, zero)
     loss.backward()
     assert loss == 0 and a.grad.isfinite().all()
-
-
-# -- two processes ----------------------------------------------------------------------------------------------------
-
-
-class Encoder(nn.Module):
-    """Two heads and a temperature, as a dual encoder has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.text, self.video = nn.Linear(5, 4), nn.Linear(3, 4)
-        self.log_scale = nn.Parameter(torch.tensor(1.0))
-
-    def forward(self, texts: Tensor, videos: Tensor, ids: Tensor) -> Tensor:
-        a, b, ids = gather(self.text(texts)), gather(self.video(videos)), gather(ids)
-        rows = torch.arange(len(ids))
-        return nce(a, b, self.log_scale.exp(), rows, rows, ids, ids)
-
-
-def batch() -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.tensor([0, 1, 2, 3, 1, 4])  # video 1 is on both ranks
-    return torch.randn(6, 5, generator=generator), torch.randn(6, 3, generator=generator), ids
-
-
-def evaluated(part: slice) -> tuple[dict[str, float], Scores]:
-    """Figures of some of six videos, each with a query."""
-    videos, queries = (F.normalize(random_rows(6, seed).detach(), dim=1) for seed in (4, 5))
-    gallery, numbers = Gallery(), list(range(6))[part]
-    gallery.add(numbers, videos[part], [None] * len(numbers))
-    asked = [Query(i, f"video {i}", "full" if i % 2 else "partial", "text") for i in numbers]
-    return summarise(evaluate(gallery.gathered(), asked, queries[part]))
-
-
-def one_rank(rank: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = nn.parallel.DistributedDataParallel(Encoder())
-    loss = model(*(part[3 * rank : 3 * rank + 3] for part in batch()))
-    loss.backward()
-    grads = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
-    figures, scores = evaluated(slice(3 * rank, 3 * rank + 3))  # which gathers, too
-    torch.save(
-        {"loss": loss.detach(), "grads": grads, "figures": figures, "scores": scores.values}, f"{folder}/rank-{rank}.pt"
-    )
-    dist.destroy_process_group()
-
-
-def test_losses_gradients_and_figures_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
-    if not dist.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    mp.spawn(one_rank, (str(tmp_path),), nprocs=2)
-    whole = Encoder()
-    loss = whole(*batch())
-    loss.backward()
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
-        torch.testing.assert_close(found["loss"], loss.detach())
-        for name, parameter in whole.named_parameters():
-            torch.testing.assert_close(found["grads"][name], parameter.grad, rtol=1e-5, atol=1e-6, msg=name)
-        figures, scores = evaluated(slice(None))
-        assert found["figures"] == figures and found["scores"] == scores.values

@@ -70,7 +70,7 @@ def stories() -> tuple[Gallery, list[Query], Tensor]:
         }
         for kind in kinds
     ]
-    gallery = Gallery([10, 11, 12, 13], list(torch.eye(4)), truths)
+    gallery = Gallery([10, 11, 12, 13], [torch.eye(4)], truths)
     queries, features = [], []
     for row, kind in enumerate(kinds):
         stated = {"events": [{"kind": [kind]}], "order": "some"}
@@ -113,3 +113,5 @@ def test_captions_without_their_video_and_doubled_ids_are_refused() -> None:
     gallery.ids[2] = 10
     with pytest.raises(UserError, match="two videos of the gallery have the id 10"):
         gallery.gathered()
+    with pytest.raises(UserError, match="there is no video to search among"):
+        Gallery().gathered()
