@@ -57,11 +57,15 @@ def resize_short_side(picture: Image.Image, side: int) -> Image.Image:
     return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
 
 
-def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """The square middle of a picture whose short side becomes `size`."""
-    picture = resize_short_side(picture, size)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+def centre_crop(picture: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """The middle of a picture that was resized to just cover `size`: height and width, or the side of a square."""
+    height, width = (size, size) if isinstance(size, int) else size
+    scale = max(height / picture.height, width / picture.width)
+    covering = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    if covering != picture.size:
+        picture = picture.resize(covering, Image.Resampling.BICUBIC)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
 
 
 def to_tensor(picture: Image.Image | np.ndarray) -> Tensor:

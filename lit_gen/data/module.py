@@ -195,7 +195,7 @@ class Videos(Shards):
         test: str | None = None,
         batch_size: int = 4,
         val_batch_size: int | None = None,
-        size: int | None = None,
+        size: int | tuple[int, int] | None = None,
         frames: int | None = None,
         stride: int = 1,
         workers: int = 0,
@@ -212,7 +212,7 @@ class Videos(Shards):
             test: set for `test` and `predict`.
             batch_size: clips per step and rank.
             val_batch_size: clips per evaluation step and rank, `batch_size` by default.
-            size: pixels, height and width of a centre crop; by default frames stay as they are.
+            size: pixels of a centre crop, the side of a square or [height, width]; by default frames stay as they are.
             frames: frames per clip, from a random place of longer videos (the middle in evaluation); all by default.
             stride: take every so many frames of the file.
             workers: processes that decode; 0 decodes in the training process. Batches do not depend on it.
@@ -224,7 +224,7 @@ class Videos(Shards):
         super().__init__(
             *(train, val, test, batch_size, val_batch_size, workers, seed, tolerance, cached, cache_folder)
         )
-        at_least(1, size=size, frames=frames, stride=stride)
+        at_least(1, size=size if isinstance(size, int | None) else min(size), frames=frames, stride=stride)
         self.size, self.frames, self.stride = size, frames, stride
 
     def transform(self, shards: ShardSet, training: bool) -> VideoSample:
@@ -232,7 +232,8 @@ class Videos(Shards):
         return VideoSample(self.size, self.frames, self.stride, random_start=training, stored=stored)
 
     def preprocessing(self) -> dict[str, Any]:
-        return {"size": self.size}
+        # a list, as it comes back from a file
+        return {"size": list(self.size) if isinstance(self.size, tuple) else self.size}
 
     def whole(self, shards: ShardSet) -> VideoSample:
         return VideoSample(self.size, stored=shards.description.get("frames"))

@@ -14,9 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from lit_gen.callbacks.samples import save
 from lit_gen.data.styled import strip_style
 from lit_gen.diffusion.attention import Style
 from lit_gen.diffusion.compile import Compile, uncompiled
@@ -26,20 +24,18 @@ from lit_gen.diffusion.style_adapter import Adapter, StyleAdapter
 from lit_gen.diffusion.temporal import motion_modules, motion_unet
 from lit_gen.diffusion.text import TextCondition
 from lit_gen.diffusion.videocrafter import TemporalLayers
-from lit_gen.errors import UserError
-from lit_gen.methods.base import Method, Optimizer
+from lit_gen.errors import UserError, at_least
+from lit_gen.methods.base import Optimizer
 from lit_gen.methods.stylecrafter_base import keep_frozen_in, load
 from lit_gen.methods.stylecrafter_files import load_adapter, save_all, size_of
-from lit_gen.methods.stylecrafter_judgement import Judgement, random_view, real_samples, seed_of
+from lit_gen.methods.stylecrafter_judgement import Judgement, random_view, real_samples
+from lit_gen.methods.stylecrafter_prediction import Prediction
 from lit_gen.methods.stylecrafter_references import Pictures, References, read
-from lit_gen.methods.stylecrafter_requests import Request, read_requests, sheets
 from lit_gen.methods.stylecrafter_sampling import Sampling, guided
 from lit_gen.methods.stylecrafter_weights import read_temporal
 
-PICTURES, CLIPS = 8, 2  # that `predict` draws together
 
-
-class StyleCrafter(Method):
+class StyleCrafter(Prediction):
     """Style adapter and temporal finetuning.
 
     Args:
@@ -52,8 +48,9 @@ class StyleCrafter(Method):
         config: for a single-file base, the diffusers folder with its model configs and tokenizer.
         adapter: size of the style adapter.
         adapter_weights: what it starts from: a folder that `export` wrote, which also tells its size, or a released
-            file (adapter_v1.pth, stylecrafter_sdxl.ckpt).
-        temporal_weights: released temporal layers (temporal_v1.pth), in the place of the base's.
+            file (adapter_v1.pth, stylecrafter_sdxl.ckpt), whose names and shapes do. `predict` and `export` need no
+            checkpoint then; where there is one that was not trained from these, they refuse to choose.
+        temporal_weights: released temporal layers (temporal_v1.pth), in the place of the base's; likewise.
         style_weight: strength of the style, lambda.
         drop_style: share of training samples that get no style; the paper drops none.
         decoupled: the reference is another view of the picture; false makes it the picture (the paper's ablation).
@@ -73,6 +70,7 @@ class StyleCrafter(Method):
             ";" between for one style together.
         pairs: a .csv with the columns prompt and style (again with ";"), each row of which `predict` draws.
         frames: clip length in `predict`; 1 draws pictures. By default pictures after "adapter", 8 after "temporal".
+        frames_per_second: of the clips that `predict` writes; the released code's are 10.
         export_released: `export` also writes the weights in the layout of the released files.
         temporal_lr: peak learning rate of the motion modules in stage "joint"; by default the optimizer's.
         frozen_dtype: precision that the frozen UNet and encoders are kept in. "bfloat16" with `precision: bf16-mixed`
@@ -107,6 +105,7 @@ class StyleCrafter(Method):
         styles: list[str] | None = None,
         pairs: str | None = None,
         frames: int | None = None,
+        frames_per_second: int = 8,
         export_released: bool = False,
         temporal_lr: float | None = None,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
@@ -115,6 +114,7 @@ class StyleCrafter(Method):
         optimizer: Optimizer = Optimizer(),
     ) -> None:
         super().__init__(optimizer)
+        at_least(1, frames=frames, frames_per_second=frames_per_second)
         if stage == "adapter" and (frames or 1) > 1:
             raise UserError(
                 f'model.frames is {frames}, but stage "adapter" draws pictures; clips need stage "temporal"'
@@ -124,6 +124,7 @@ class StyleCrafter(Method):
         self.negative, self.image_sampling, self.video_sampling = negative, image_sampling, video_sampling
         self.prompts, self.styles, self.pairs = prompts or [], styles or [], pairs
         self.frames = frames or (1 if stage == "adapter" else 8)
+        self.frames_per_second = frames_per_second
         self.export_released, self.temporal_lr, self.compiled = export_released, temporal_lr, compile
         self.frozen_dtype = frozen_dtype
         self.base = load(base, stage, motion, image_encoder, config, temporal_weights)
@@ -155,7 +156,6 @@ class StyleCrafter(Method):
             keep_frozen_in(torch.bfloat16, self.base, self.motion_unet)
         self.judgement = Judgement(stage, oracle)
         self._shown: dict[str, Tensor] = {}
-        self._drawn: list[tuple[Request, list[Tensor]]] = []
         # Last: a motion UNet makes its own processors when it is built; the spatial layers, now shared, get ours.
         self.adapter.attach(self.base.unet)
         self.checkpointing = checkpointing
@@ -349,48 +349,7 @@ class StyleCrafter(Method):
         """What the last validation drew, for the `Samples` callback."""
         return self._shown
 
-    # -- prediction ---------------------------------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        if stage == "predict":  # else Lightning asks the experiment's data module, which knows no prompts
-            self.trainer.predict_loop._data_source.instance = self
-
-    def predict_dataloader(self) -> DataLoader:
-        """Each style with its prompts.
-
-        Raises:
-            UserError: no prompts or no styles, a reference that cannot be read, or a prompt that is too long.
-        """
-        requests = read_requests(self.prompts, self.styles, self.pairs, self.base.image_encoder.config.image_size)
-        for prompt in {text for request in requests for text in request.prompts.values()} | {self.negative}:
-            self.text([prompt], strict=True)
-        return DataLoader(requests, batch_size=None)
-
-    def predict_step(self, request: Request, batch_idx: int) -> list[Tensor]:
-        """All prompts of one style, written to `samples/predict/` of the run folder."""
-        texts, drawn = list(request.prompts.values()), []
-        together = PICTURES if self.frames == 1 else CLIPS
-        references = self.read(request.references[None].to(self.device))
-        for start in range(0, len(texts), together):
-            prompts = texts[start : start + together]
-            views, seeds = references.expand(len(prompts)), [seed_of(p) for p in prompts]
-            drawn += self.sample(prompts, views, seeds, self.frames, strict=True).cpu()
-        for number, sample in zip(request.prompts, drawn, strict=True):
-            save(self.predictions / f"{request.name}-{number:02d}", sample)
-        self._drawn.append((request, drawn))
-        return drawn
-
-    def on_predict_epoch_end(self) -> None:
-        rank = f"-{self.global_rank}" if self.trainer.world_size > 1 else ""
-        for page, sheet in enumerate(sheets(self._drawn)):
-            path = save(self.predictions / f"contact-sheet{rank}{f'-{page}' if page else ''}", sheet)
-            print(f"drawn: {path}")
-        self._drawn = []
-
-    @property
-    def predictions(self) -> Path:
-        """Where `predict` writes."""
-        return self.run_dir / "samples" / "predict"
+    # -- export ---------------------------------------------------------------------------------------------------------
 
     def export(self, folder: Path) -> None:
         """Write the adapter to `adapter/`, and after later stages the motion modules to `motion_adapter/`."""

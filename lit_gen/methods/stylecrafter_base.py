@@ -23,7 +23,10 @@ def load(
     if stage == "adapter" and temporal:
         raise UserError('model.temporal_weights are of no use in stage "adapter", which has no temporal layers')
     if motion and temporal:
-        raise UserError("model.motion and model.temporal_weights both say where the temporal layers come from")
+        raise UserError(
+            f"model.motion ({motion}) and model.temporal_weights both say where the temporal layers come from; "
+            "--model.motion null leaves the former out"
+        )
     refusal = UserError(
         f'base {base!r} is of the SDXL kind, which has no temporal layers: it can only be in stage "adapter"'
     )

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lit_gen.diffusion.attention import cross_attentions
-from lit_gen.diffusion.original_layout import require_same
+from lit_gen.diffusion.original_layout import read_weights, require_same
 from lit_gen.diffusion.style_adapter import Adapter, StyleAdapter
 from lit_gen.diffusion.videocrafter import VideoUNet
 from lit_gen.errors import UserError
-from lit_gen.methods.stylecrafter_weights import read_adapter, write_adapter, write_temporal
+from lit_gen.methods.stylecrafter_weights import read_adapter, released_size, write_adapter, write_temporal
 
 log = logging.getLogger(__name__)
 CONFIG, WEIGHTS, SUBFOLDER = "config.json", "model.safetensors", "adapter"
@@ -70,9 +70,11 @@ def save_adapter(folder: Path, adapter: StyleAdapter, size: Adapter, base: Any) 
 
 
 def size_of(path: str | None, given: Adapter) -> Adapter:
-    """The size of a saved adapter; `given` where there is none, or a released file, which does not tell."""
-    if path is None or not Path(path).is_dir():
+    """The size of a saved adapter, or of a released one; `given` where there is none."""
+    if path is None:
         return given
+    if not Path(path).is_dir():
+        return released_size(read_weights(path), given, path)
     config = _read_config(_folder(path))
     known = {field.name for field in dataclasses.fields(Adapter)}
     if unknown := config["size"].keys() - known:

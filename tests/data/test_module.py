@@ -1,15 +1,18 @@
 import json
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from shard_sets import image_set, picture, video_set
 
 from lit_gen.data.decode import encode_image
+from lit_gen.data.images import centre_crop
 from lit_gen.data.module import Images, ImagesAndVideos, StyledImages, Videos
 from lit_gen.data.shards import write_index, write_tar
 from lit_gen.data.styled import strip_style
-from lit_gen.errors import ShardError
+from lit_gen.errors import ShardError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +108,18 @@ def test_videos_give_consecutive_frames_from_a_place_that_is_reproducible(tmp_pa
     assert frame_numbers(next(iter(cut.val_dataloader()))) == [[1, 3, 5]] * 6
     with pytest.raises(ShardError, match="has 8 frames, 9 are needed"):
         next(iter(Videos(train=source, frames=9).train_dataloader()))
+
+
+def test_frames_are_cropped_to_a_rectangle_and_cover_it(tmp_path):
+    source = str(video_set(tmp_path / "clips"))
+    batch = next(iter(Videos(train=source, batch_size=6, size=(10, 24)).train_dataloader()))
+    assert batch["video"].shape == (6, 8, 3, 10, 24) and frame_numbers(batch) == [list(range(8))] * 6
+    assert Videos(size=(10, 24)).preprocessing() == {"size": [10, 24]} and Videos(size=4).preprocessing() == {"size": 4}
+    rows = Image.fromarray(np.arange(16, dtype=np.uint8)[:, None].repeat(16, 1) * 16)
+    cut = np.asarray(centre_crop(rows, (8, 16)))
+    assert np.array_equal(cut, np.asarray(rows)[4:12])  # the middle, and nothing stretched
+    with pytest.raises(UserError, match="`size` must be at least 1, not 0"):
+        Videos(size=(0, 24))
 
 
 def test_a_video_that_lost_frames_is_replaced(tmp_path):
