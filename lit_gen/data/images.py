@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from lit_gen.data.decode import IMAGE, open_picture
+from lit_gen.data.decode import IMAGE, MORE_PICTURES, read_image
 from lit_gen.data.shards import BadSample
 from lit_gen.errors import UserError
 
@@ -75,14 +75,16 @@ def to_tensor(picture: Image.Image | np.ndarray) -> Tensor:
 
 
 def read_picture(file: Path, size: int, what: str = "style") -> Tensor:
-    """The middle of a picture file, 3 size size in [-1, 1].
+    """The middle of a picture file, 3 size size in [-1, 1], read as the pictures of sets are.
 
     Raises:
         UserError: it is no picture; `what` says what it was for.
     """
     try:
-        with open_picture(file) as opened:
-            picture = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        picture = read_image(file.read_bytes(), MORE_PICTURES)
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise UserError(f"{what} {str(file)!r} has more than {most:,} pixels; make it smaller") from error
+    except Exception as error:  # damaged bytes raise nearly anything
         raise UserError(f"{what} {str(file)!r} is not a picture that can be read") from error
     return to_tensor(centre_crop(picture, size))

@@ -143,11 +143,14 @@ class StyleCrafter(Prediction):
             # so that a checkpoint is enough to predict from, even where these weights are not trained
             self._inherited |= {f"adapter.{name}" for name in self.adapter.state_dict()}
         self.motion_unet: nn.Module | None = None
+        self.longest: int | None = None  # clip that the temporal layers have positions for
         if stage != "adapter":
             self.adapter.requires_grad_(stage == "joint")
             if temporal_weights:
                 self.base.motion_adapter = TemporalLayers.for_unet(self.base.unet)
                 read_temporal(temporal_weights, self.base.motion_adapter)
+            self.longest = self.base.motion_adapter.config.get("motion_max_seq_length")
+            self._refuse_longer(self.frames, "model.frames is")
             self.motion_unet = motion_unet(self.base.unet, self.base.motion_adapter)
             self.base.motion_adapter = None  # its layers now belong to the motion UNet
             for modules in motion_modules(self.motion_unet):
@@ -186,7 +189,8 @@ class StyleCrafter(Prediction):
 
     def read(self, pictures: Pictures) -> References:
         """References as `style` wants them: B 3 h w in [-1, 1]; B N 3 h w, N references each; or for each sample its
-        own N 3 h w, where N may differ and a sample without any is drawn by the plain base. Order changes nothing."""
+        own N 3 h w, where N, h and w may differ and a sample without any is drawn by the plain base. Order changes
+        nothing."""
         return read(self.base.image_encoder, self.base.image_processor, pictures, self.adapter_size.image_layer)
 
     def style(self, references: Pictures | References, text: TextCondition, mask: Tensor | None = None) -> Style:
@@ -205,11 +209,16 @@ class StyleCrafter(Prediction):
                 condition.mask = on if condition.mask is None else condition.mask * on
         return condition
 
+    def _refuse_longer(self, frames: int, said: str) -> None:
+        if self.longest is not None and frames > self.longest:
+            raise UserError(f"{said} {frames}, but the motion adapter has positions for {self.longest} frames at most")
+
     def network(self, noisy: Tensor, t: Tensor, text: TextCondition, style: Style | None) -> Tensor:
         """The UNet's output at noisy latents: B C h w through the 2D path, B F C h w through the temporal layers."""
         clips = noisy.ndim == 5
         if clips:  # motion UNets want the conditions of each frame
             frames, noisy = noisy.shape[1], noisy.transpose(1, 2)
+            self._refuse_longer(frames, "clips have")
             text, style = text.repeat_frames(frames), None if style is None else style.repeat_frames(frames)
         given = None if style is None else {"style": style}
         # Whatever the trainer's precision: weights of two precisions meet in layers that want one.
@@ -349,7 +358,7 @@ class StyleCrafter(Prediction):
         """What the last validation drew, for the `Samples` callback."""
         return self._shown
 
-    # -- export ---------------------------------------------------------------------------------------------------------
+    # -- export --------------------------------------------------------------------------------------------------------
 
     def export(self, folder: Path) -> None:
         """Write the adapter to `adapter/`, and after later stages the motion modules to `motion_adapter/`."""

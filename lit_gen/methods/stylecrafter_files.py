@@ -61,6 +61,7 @@ def save_adapter(folder: Path, adapter: StyleAdapter, size: Adapter, base: Any) 
         "_class_name": StyleAdapter.__name__,
         "base": base.path,
         "base_fingerprint": base.fingerprint or fingerprint(base.unet),
+        "image_encoder_fingerprint": base.image_fingerprint or image_fingerprint(base.image_encoder),
         **_fit(adapter, base.unet),
         "size": dataclasses.asdict(size),
     }
@@ -86,7 +87,8 @@ def load_adapter(path: str, adapter: StyleAdapter, base: Any) -> None:
     """Give an adapter of the right size the weights of a folder, or of a released file.
 
     Raises:
-        UserError: there are none, they are damaged, or the adapter was trained for a base of another shape.
+        UserError: there are none, they are damaged, or the adapter was trained for a base of another shape or for
+            another image encoder.
     """
     if not Path(path).is_dir():
         read_adapter(path, adapter, base.unet)
@@ -105,8 +107,14 @@ def load_adapter(path: str, adapter: StyleAdapter, base: Any) -> None:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({error})") from error
     require_same(state, adapter.state_dict(), f"{folder / WEIGHTS} does not have the weights its {CONFIG} promises")
     adapter.load_state_dict(state)
-    first = next(base.unet.parameters())
-    if first.device.type != "meta" and config.get("base_fingerprint") != fingerprint(base.unet):
+    if next(base.unet.parameters()).device.type == "meta":
+        return
+    if config.get("image_encoder_fingerprint") not in (None, image_fingerprint(base.image_encoder)):
+        raise UserError(
+            f"{path}: the adapter was trained to read another image encoder than this one (model.image_encoder; by "
+            f"default image_encoder/ in {base.path!r}), whose tokens mean nothing to it"
+        )
+    if config.get("base_fingerprint") != fingerprint(base.unet):
         log.warning(
             "%s: the adapter was trained for other weights than those of %r (for %r); styles may be off",
             *(path, base.path, config.get("base")),
@@ -118,6 +126,15 @@ def fingerprint(unet: nn.Module) -> str:
     digest = hashlib.sha256()
     for attention in cross_attentions(unet).values():
         digest.update(attention.to_k.weight.detach().half().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def image_fingerprint(encoder: nn.Module) -> str:
+    """16 hex digits of the first and the last weights of a CLIP vision model that a picture meets."""
+    tower = encoder.vision_model
+    digest = hashlib.sha256()
+    for weight in (tower.embeddings.patch_embedding.weight, tower.encoder.layers[-1].mlp.fc2.weight):
+        digest.update(weight.detach().half().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lit_gen.diffusion.base import load_base
+from lit_gen.diffusion.compile import Compile
 from lit_gen.diffusion.style_adapter import Adapter
 from lit_gen.diffusion.temporal import motion_modules
 from lit_gen.diffusion.videocrafter import TemporalLayers
@@ -78,6 +79,18 @@ def test_samples_without_reference_or_masked_are_the_plain_base(model, tiny_base
 
 
 @torch.no_grad()
+def test_without_any_reference_all_are_the_plain_base_and_sizes_may_differ(model):
+    x, t, text = torch.randn(2, 8, 16, 16), torch.tensor([10, 500]), model.text(PROMPTS[:2])
+    plain = model.network(x, t, text, None)
+    for none in (pictures(2, 0), [pictures(0), pictures(0)[..., :9]]):
+        assert torch.equal(model.network(x, t, text, model.style(none, text)), plain)
+    large = torch.rand(2, 3, 90, 120) * 2 - 1
+    mixed = model.style([pictures(1), large], text)
+    alone = model.style(large[None], model.text(PROMPTS[1:2]))
+    torch.testing.assert_close(mixed.tokens[1], alone.tokens[0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("scales", [(7.5, 5.0), (6.0, 6.0)], ids=["two scales", "joint"])
 def test_guidance_of_the_paper_and_of_the_released_code(model, scales):
     x, t = torch.randn(2, 8, 16, 16), torch.tensor([40, 700])
@@ -117,6 +130,24 @@ def test_other_sizes_are_drawn_and_odd_ones_refused(tiny_base):
     assert wide.sample(PROMPTS[:1], pictures(1), [0], frames=2).shape == (1, 2, 3, 40, 64)
     with pytest.raises(UserError, match=r"\[41, 64\].*multiples of 4"):
         method(tiny_base, image_sampling=Sampling(size=(41, 64)))
+
+
+def test_clips_longer_than_the_motion_adapter_knows_are_one_line(tiny_base):
+    with pytest.raises(UserError, match="model.frames is 40, but the motion adapter has positions for 32 frames"):
+        method(tiny_base, "temporal", frames=40)
+    with pytest.raises(UserError, match="`frames` must be at least 1, not 0"):
+        method(tiny_base, "temporal", frames=0)
+    batch = {"posterior": torch.zeros(1, 40, 2, 8, 2, 2), "text_states": torch.zeros(1, 9, 32), "caption": ["a ball"]}
+    with pytest.raises(UserError, match="clips have 40, but"):
+        method(tiny_base, "temporal").loss(batch | {"video": torch.zeros(1, 40, 3, 8, 8)})
+
+
+def test_blocks_of_videocrafter_are_not_compiled_alone(sd2_base, tmp_path):
+    layers = TemporalLayers.for_unet(load_base(str(sd2_base), parts=("unet",)).unet)
+    layers.save_pretrained(tmp_path)
+    model = method(sd2_base, "temporal", motion=str(tmp_path), compile=Compile(blocks=True))
+    with pytest.raises(UserError, match="compile.blocks: VideoUNet"):
+        model.configure_model()
 
 
 # -- the paper's ablations --------------------------------------------------------------------------------------------
@@ -386,8 +417,17 @@ def test_weights_of_another_base_are_one_line(tiny_base, sd2_base, tmp_path, cap
         with pytest.raises(UserError, match=expected) as caught:
             method(sd2_base, adapter_weights=str(weights))
         assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="model.motion .here. and .*--model.motion null"):
+        method(sd2_base, "temporal", motion="here", temporal_weights="temporal_v1.pth")
     with pytest.raises(UserError, match="of no use in stage"):
         method(tiny_base, temporal_weights="temporal_v1.pth")
+    encoder = tmp_path / "encoder"
+    shutil.copytree(tiny_base / "image_encoder", encoder)
+    weights = load_file(encoder / "model.safetensors")
+    save_file({name: weight + 0.1 for name, weight in weights.items()}, encoder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="trained to read another image encoder") as caught:
+        method(tiny_base, adapter_weights=str(tmp_path), image_encoder=str(encoder))
+    assert "\n" not in str(caught.value)
     # another base of the same shape is only told of
     config = json.loads((tmp_path / "adapter" / "config.json").read_text())
     (tmp_path / "adapter" / "config.json").write_text(json.dumps(config | {"base_fingerprint": "0" * 16}))
