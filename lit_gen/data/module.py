@@ -19,7 +19,7 @@ from lit_gen.data.loader import ShardLoader, Transform
 from lit_gen.data.mixed import MixedLoader
 from lit_gen.data.shards import ShardSet
 from lit_gen.data.split import Paused
-from lit_gen.data.styled import StyleSample
+from lit_gen.data.styled import Rules, StyleSample, rules_of
 from lit_gen.data.videos import VideoSample
 from lit_gen.errors import ShardError, at_least
 
@@ -254,7 +254,7 @@ class StyledImages(Shards):
         val_batch_size: int | None = None,
         size: int = 64,
         zoom: float = 800 / 512,
-        strip_style: bool = True,
+        strip_style: bool | Rules = "careful",
         workers: int = 0,
         seed: int = 0,
         tolerance: float = 0.01,
@@ -272,7 +272,9 @@ class StyledImages(Shards):
             size: pixels, height and width of target (centre crop) and reference (random crop).
             zoom: short side of the picture that the reference is cropped from, in units of `size`; 1 makes the
                 reference the target itself (the paper's ablation without decoupling).
-            strip_style: remove words that tell the style from captions.
+            strip_style: by which rules words that tell the style are removed from captions: those of the "paper", which
+                also take content with them ("a room with a view of the sea" becomes "the sea"), "careful" ones or
+                "none"; true and false are the latter two.
             workers: processes that decode; 0 decodes in the training process. Batches do not depend on it.
             seed: of the order of samples and of the random crops.
             tolerance: share of unreadable samples (replaced, counted and named) above which training stops.
@@ -283,7 +285,7 @@ class StyledImages(Shards):
             *(train, val, test, batch_size, val_batch_size, workers, seed, tolerance, cached, cache_folder)
         )
         at_least(1, size=size, zoom=zoom)
-        self.size, self.zoom, self.strip_style = size, zoom, strip_style
+        self.size, self.zoom, self.strip_style = size, zoom, rules_of(strip_style)
 
     def transform(self, shards: ShardSet, training: bool) -> StyleSample:
         return StyleSample(self.size, self.zoom, self.strip_style)

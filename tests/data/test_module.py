@@ -182,6 +182,34 @@ def test_the_ablation_without_decoupling_shows_the_target_itself(gradients):
 )
 def test_words_of_the_medium_are_stripped(caption, stripped):
     assert strip_style(caption) == stripped
+    assert strip_style(caption, "paper") == stripped and strip_style(caption, "none") == caption
+
+
+@pytest.mark.parametrize(
+    "caption, careful, paper",
+    [
+        ("a very detailed and quite colorful oil painting of a dog", "a dog", "a dog"),
+        ("a dog in a very old and faded photograph", "a dog", "a dog"),
+        ("a very old, cracked, faded mural of two men", "two men", "two men"),
+        ("a dog in the picture", "a dog", "a dog"),
+        ("a room with a view of the sea", "a room with a view of the sea", "the sea"),
+        ("a man holding a drawing of a cat", "a man holding a drawing of a cat", "a cat"),
+        ("a girl in a red hat painting a wall", "a girl in a red hat painting a wall", "a girl a wall"),
+        ("a dog in a park next to a mural", "a dog in a park next to a mural", "a dog"),
+        ("illustration - a castle", "a castle", "illustration - a castle"),
+    ],
+)
+def test_the_papers_rules_take_content_that_careful_ones_leave(caption, careful, paper):
+    assert strip_style(caption) == careful
+    assert strip_style(caption, "paper") == paper
+
+
+@pytest.mark.parametrize("setting, rules", [(True, "careful"), (False, "none"), ("paper", "paper")])
+def test_rules_are_a_word_or_whether_any(gradients, setting, rules):
+    data = StyledImages(train=gradients, strip_style=setting)
+    assert data.preprocessing()["strip_style"] == rules
+    caption = next(iter(data.train_dataloader()))["caption"][0]
+    assert caption == ("a painting of a red ball" if rules == "none" else "a red ball")
 
 
 def test_images_and_videos_come_mixed(folder, tmp_path):
