@@ -270,8 +270,8 @@ class StyledImages(Shards):
             batch_size: samples per step and rank.
             val_batch_size: samples per evaluation step and rank, `batch_size` by default.
             size: pixels, height and width of target (centre crop) and reference (random crop).
-            zoom: short side of the picture that the reference is cropped from, in units of `size`; 1 makes the
-                reference the target itself (the paper's ablation without decoupling).
+            zoom: short side of the picture that the reference is cropped from, in units of `size`, in the paper 800 of
+                512; 1 makes the reference the target itself (the paper's ablation without decoupling).
             strip_style: by which rules words that tell the style are removed from captions: those of the "paper", which
                 also take content with them ("a room with a view of the sea" becomes "the sea"), "careful" ones or
                 "none"; true and false are the latter two.
@@ -305,7 +305,7 @@ class ImagesAndVideos(L.LightningDataModule):
         Args:
             images: data module of the images.
             videos: data module of the videos.
-            image_probability: share of steps that are image batches.
+            image_probability: share of steps that are image batches; 0.2 is StyleCrafter's (paper, stage 2).
             seed: of the choice.
         """
         super().__init__()

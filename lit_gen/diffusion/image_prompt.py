@@ -96,7 +96,7 @@ class StyleExtractor(nn.Module):
     Args:
         width: of the CLIP tokens.
         out: width of the style tokens, that of the text states.
-        tokens, layers, heads: paper 8, 3, 8.
+        tokens, layers, heads: 8, 3, 8 in the released code.
     """
 
     def __init__(self, width: int, out: int, tokens: int = 8, layers: int = 3, heads: int = 8) -> None:
@@ -115,7 +115,7 @@ class ScalePredictor(nn.Module):
     Args:
         width: of style tokens and text states.
         count: styled layers; query i belongs to the i-th in execution order.
-        layers, heads, hidden: paper 2, 8, 32.
+        layers, heads, hidden: 2, 8, 32 in the released code.
     """
 
     def __init__(self, width: int, count: int, layers: int = 2, heads: int = 8, hidden: int = 32) -> None:

@@ -52,7 +52,10 @@ class StyleCrafter(Prediction):
             checkpoint then; where there is one that was not trained from these, they refuse to choose.
         temporal_weights: released temporal layers (temporal_v1.pth), in the place of the base's; likewise.
         style_weight: strength of the style, lambda.
-        drop_style: share of training samples that get no style; the paper drops none.
+        drop_style: share of training samples that get no style. The paper tells no rate, and the released SDXL code
+            drops nothing.
+        drop_text: share that get the empty prompt; likewise.
+        drop_both: share that get neither; likewise.
         decoupled: the reference is another view of the picture; false makes it the picture (the paper's ablation).
         timestep_bias: timesteps of pictures are drawn with a density proportional to t to this power; the paper's 0 is
             uniform, and clips always have that.
@@ -60,10 +63,11 @@ class StyleCrafter(Prediction):
             paper and always for clips; or the "clean" latent that the prediction implies. The colours of a small
             picture show through all but the strongest noise, so there the paper's loss learns little from the reference
             (ours: bias 2 and "clean" find the style in a tenth of the steps).
-        style_zoom: short side of the picture a clip's reference is cropped from, in units of the clip's size.
+        style_zoom: short side of the picture a clip's reference is cropped from, in units of the clip's size; the
+            paper's of pictures, as that of clips is unpublished.
         negative: the prompt of the unconditional term; SDXL's released code has "monochrome, lowres, bad anatomy, ...".
         image_sampling: how pictures are drawn.
-        video_sampling: how clips are drawn.
+        video_sampling: how clips are drawn; scales 15 and 7.5 are the paper's.
         oracle: folder of the oracle that scores validation samples of the world; null for data without ground truth.
         prompts: what `predict` draws; texts, or .txt files with one in each line.
         styles: what `predict` draws each prompt in the style of: pictures, folders of them, or several pictures with
@@ -93,6 +97,8 @@ class StyleCrafter(Prediction):
         temporal_weights: str | None = None,
         style_weight: float = 1.0,
         drop_style: float = 0.0,
+        drop_text: float = 0.0,
+        drop_both: float = 0.0,
         decoupled: bool = True,
         timestep_bias: float = 0.0,
         error_of: Literal["noise", "clean"] = "noise",
@@ -119,7 +125,12 @@ class StyleCrafter(Prediction):
             raise UserError(
                 f'model.frames is {frames}, but stage "adapter" draws pictures; clips need stage "temporal"'
             )
-        self.stage, self.style_weight, self.drop_style, self.style_zoom = stage, style_weight, drop_style, style_zoom
+        at_least(0, drop_style=drop_style, drop_text=drop_text, drop_both=drop_both)
+        if drop_style + drop_text + drop_both > 1:
+            raise UserError("model.drop_style, drop_text and drop_both are shares of the samples: at most 1 together")
+        self.stage, self.style_weight, self.style_zoom = stage, style_weight, style_zoom
+        self.drops = drop_style, drop_text, drop_both
+        self._nothing: dict[tuple[int, int], TextCondition] = {}  # the empty prompt by size of the picture
         self.decoupled, self.timestep_bias, self.error_of = decoupled, timestep_bias, error_of
         self.negative, self.image_sampling, self.video_sampling = negative, image_sampling, video_sampling
         self.prompts, self.styles, self.pairs = prompts or [], styles or [], pairs
@@ -252,11 +263,23 @@ class StyleCrafter(Prediction):
         # The two settings make pictures teach the style; clips teach motion, alone or beside pictures in stage "joint".
         bias, error_of = (0.0, "noise") if "video" in batch else (self.timestep_bias, self.error_of)
         t = self.schedule.sample_timesteps(len(latents), latents.device, bias)
-        if self.drop_style > 0:
-            style.mask = (torch.rand(len(text), device=latents.device) >= self.drop_style).to(style.scale.dtype)
+        if any(self.drops):
+            text, style.mask = self._drop(text, style, (height, width))
         output = self.network(self.schedule.add_noise(latents, noise, t), t, text, style)
         error = self.schedule.loss(output, latents, noise, t)
         return error * self.schedule.clean_weight(t) if error_of == "clean" else error
+
+    def _drop(self, text: TextCondition, style: Style, size: tuple[int, int]) -> tuple[TextCondition, Tensor]:
+        """Text and mask (B) with the conditions of some samples left out; scales stay those of the whole prompt."""
+        no_style, no_text, neither = self.drops
+        draw = torch.rand(len(text), device=style.scale.device)
+        both = draw < 1 - neither
+        styled, told = both & (draw >= no_style), both & ((draw < no_style) | (draw >= no_style + no_text))
+        if no_text + neither > 0:
+            if size not in self._nothing:  # once: steps of cached data encode no text
+                self._nothing[size] = self.text([""], size=size)
+            text = text.where(told, self._nothing[size].expand(len(text)))
+        return text, styled.to(style.scale.dtype)
 
     def references(self, batch: dict[str, Any]) -> Tensor:
         """The pictures B 3 h w that the samples of a training batch are to learn their style from: themselves."""

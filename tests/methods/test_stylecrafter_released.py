@@ -10,12 +10,25 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from test_readme import commands
+from test_stylecrafter_weights import (
+    TINY_SDXL_SHAPES,
+    TINY_SDXL_SIZE,
+    TINY_SIZE,
+    TINY_VIDEOCRAFTER_SHAPES,
+    real_places,
+    sdxl_shapes,
+    videocrafter_shapes,
+)
 
+from lit_gen import experiment
+from lit_gen.data.sets import SetFile
 from lit_gen.diffusion.base import load_base
-from lit_gen.diffusion.style_adapter import Adapter, StyleAdapter
+from lit_gen.diffusion.style_adapter import SDXL, VIDEOCRAFTER, Adapter, StyleAdapter
 from lit_gen.diffusion.videocrafter import TemporalLayers
-from lit_gen.methods.stylecrafter_weights import write_adapter, write_temporal
+from lit_gen.errors import UserError
+from lit_gen.methods.stylecrafter_weights import released_size, write_adapter, write_temporal
 
+ROOT = Path(__file__).parents[2]
 SMALL = ("--trainer.accelerator", "cpu", "--trainer.precision", "32", "--model.frozen_dtype", "float32", "--smoke")
 SMALL_CLIPS = ("--model.frames", "2", "--model.video_sampling.size", "[32, 32]", "--model.image_encoder", "null")
 
@@ -88,3 +101,54 @@ def test_released_weights_are_exported_and_a_checkpoint_is_not_mixed_with_them(
         assert lit_gen(*words, *run, *weights) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "would replace what model.adapter_weights gives" in line
+
+
+@pytest.mark.parametrize("name, size", [("videocrafter", VIDEOCRAFTER), ("sdxl", SDXL)])
+def test_the_overlays_ask_for_the_released_sizes(name, size):
+    files = [str(ROOT / "experiments" / file) for file in ("stylecrafter.yaml", f"scale/{name}.yaml")]
+    runs = experiment.runs(files, [])
+    assert [run.folder.name for run in runs] == ["adapter", "temporal"][: 1 + (name == "videocrafter")]
+    for run in runs:
+        settings = run.settings.data["model"]["init_args"]
+        assert Adapter(**settings["adapter"]) == size
+        assert not settings.get("motion")  # VideoCrafter1's checkpoint has its own, SDXL none
+    if name == "videocrafter":
+        videos = runs[1].settings.data["data"]["init_args"]["videos"]["init_args"]
+        assert settings["frames"] == videos["frames"] == SetFile.read(ROOT / videos["train"]).frames == 16
+        assert settings["video_sampling"]["size"] == videos["size"] == [320, 512]
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+REAL_SDXL = sdxl_shapes(1280, 2048, 16, 4, 2, 512, [640] * 4 + [1280] * 50 + [640] * 6 + [1280] * 10)
+REAL_VIDEOCRAFTER = videocrafter_shapes(1280, 1024, 8, 3, 2, real_places())
+
+
+def outlined(shapes):
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    "shapes,size,kind",
+    [(REAL_VIDEOCRAFTER, VIDEOCRAFTER, "VideoCrafter1"), (REAL_SDXL, SDXL, "StyleCrafter-SDXL")],
+    ids=["VideoCrafter1", "SDXL"],
+)
+def test_released_layouts_tell_their_size_and_refuse_settings_that_contradict(shapes, size, kind, caplog):
+    state = outlined(shapes)
+    assert released_size(state, Adapter(), "file.pth") == size
+    assert (kind in caplog.text) == (size != Adapter()) and len(caplog.records) <= 1
+    caplog.clear()
+    assert released_size(state, size, "file.pth") == size and not caplog.text
+    for wrong in ({"image_layer": -3}, {"heads": 2}, {"tokens": 5}, {"fusion": "appended"}, {"predictor_width": 7}):
+        (name,) = wrong
+        with pytest.raises(UserError, match=f"file.pth: an adapter for {kind} .*model.adapter.{name} is") as caught:
+            released_size(state, Adapter(**wrong), "file.pth")
+        assert "\n" not in str(caught.value)
+    # as many heads as the extractor is what null says
+    assert released_size(state, Adapter(predictor_heads=8), "file.pth") == size
+
+
+def test_layouts_of_small_adapters_leave_the_heads_to_the_settings():
+    for shapes, size in ((TINY_VIDEOCRAFTER_SHAPES, TINY_SIZE), (TINY_SDXL_SHAPES, TINY_SDXL_SIZE)):
+        given = Adapter(heads=size.heads, predictor_heads=size.predictor_heads, image_layer=size.image_layer)
+        assert released_size(outlined(shapes), given) == size

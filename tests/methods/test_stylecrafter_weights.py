@@ -18,7 +18,6 @@ from lit_gen.methods.stylecrafter_weights import (
     official_temporal,
     read_adapter,
     read_temporal,
-    released_size,
     write_adapter,
     write_temporal,
 )
@@ -188,40 +187,6 @@ def test_real_temporal_layers_have_the_names_and_shapes_of_the_released_files():
         layers = TemporalLayers.for_unet(UNet2DConditionModel(**SD2))
         assert {m: shapes_of(s) for m, s in official_temporal(layers).items()} == expected
         load_official_temporal(layers, {m: {k: torch.empty(v) for k, v in s.items()} for m, s in expected.items()})
-
-
-REAL_SDXL = sdxl_shapes(1280, 2048, 16, 4, 2, 512, [640] * 4 + [1280] * 50 + [640] * 6 + [1280] * 10)
-REAL_VIDEOCRAFTER = videocrafter_shapes(1280, 1024, 8, 3, 2, real_places())
-
-
-def outlined(shapes):
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-
-
-@pytest.mark.parametrize(
-    "shapes,size,kind",
-    [(REAL_VIDEOCRAFTER, VIDEOCRAFTER, "VideoCrafter1"), (REAL_SDXL, SDXL, "StyleCrafter-SDXL")],
-    ids=["VideoCrafter1", "SDXL"],
-)
-def test_released_layouts_tell_their_size_and_refuse_settings_that_contradict(shapes, size, kind, caplog):
-    state = outlined(shapes)
-    assert released_size(state, Adapter(), "file.pth") == size
-    assert (kind in caplog.text) == (size != Adapter()) and len(caplog.records) <= 1
-    caplog.clear()
-    assert released_size(state, size, "file.pth") == size and not caplog.text
-    for wrong in ({"image_layer": -3}, {"heads": 2}, {"tokens": 5}, {"fusion": "appended"}, {"predictor_width": 7}):
-        (name,) = wrong
-        with pytest.raises(UserError, match=f"file.pth: an adapter for {kind} .*model.adapter.{name} is") as caught:
-            released_size(state, Adapter(**wrong), "file.pth")
-        assert "\n" not in str(caught.value)
-    # as many heads as the extractor is what null says
-    assert released_size(state, Adapter(predictor_heads=8), "file.pth") == size
-
-
-def test_layouts_of_small_adapters_leave_the_heads_to_the_settings():
-    for shapes, size in ((TINY_VIDEOCRAFTER_SHAPES, TINY_SIZE), (TINY_SDXL_SHAPES, TINY_SDXL_SIZE)):
-        given = Adapter(heads=size.heads, predictor_heads=size.predictor_heads, image_layer=size.image_layer)
-        assert released_size(outlined(shapes), given) == size
 
 
 # -- what the weights compute -----------------------------------------------------------------------------------------
