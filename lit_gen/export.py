@@ -102,14 +102,17 @@ def _write_own_layout(run: Run, source: Path | None, folder: Path) -> bool:
     from jsonargparse import ArgumentParser
 
     from lit_gen.classes import resolve
-    from lit_gen.stage import Binding, load_weights
+    from lit_gen.stage import Binding, as_user_error, load_weights
 
     settings = Binding("fit", [run]).bound[0]["fit"]["model"].as_dict()
     if not callable(getattr(resolve(settings["class_path"], L.LightningModule), "export", None)):
         return False
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningModule, "model")
-    model = parser.instantiate_classes(parser.parse_object({"model": settings})).model
+    try:
+        model = parser.instantiate_classes(parser.parse_object({"model": settings})).model
+    except Exception as error:
+        raise as_user_error(error, run) from error
     if source is not None:
         load_weights(model, str(source))
     folder.mkdir(parents=True, exist_ok=True)

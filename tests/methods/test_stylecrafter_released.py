@@ -91,6 +91,8 @@ def test_released_weights_are_exported_and_a_checkpoint_is_not_mixed_with_them(
     assert json.loads((released / "out/adapter/config.json").read_text())["size"]["tokens"] == 4
     assert not (released / "out/weights.safetensors").exists()
     assert lit_gen("export", *run) == 2 and "run `fit` first" in capsys.readouterr().err
+    assert lit_gen("export", *run, "--model.adapter_weights", "gone.pth") == 2
+    assert capsys.readouterr().err == "error: gone.pth: no such file\n"
 
     here = Path("runs/smoke/from_released/adapter/checkpoints/last.ckpt")
     here.parent.mkdir(parents=True)
