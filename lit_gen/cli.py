@@ -261,9 +261,10 @@ def _fit(runs: list[Run], argv: list[str], fresh: bool) -> int:
 
 def _measure(verb: str, run: Run, argv: list[str]) -> int:
     if "ckpt_path" not in dict(run.overrides) and run.settings.data.get("ckpt_path") is None:
-        if not run.last.is_file() and not run.last.is_dir():
-            raise UserError(f"{run.name} has no checkpoint at {run.last}; run `fit` first, or give --ckpt_path FILE")
-        run.settings.data["ckpt_path"] = str(run.last)
+        source = run.source(run.last if run.last.exists() else None)
+        run.settings.data["ckpt_path"] = source and str(source)
+    elif given := run.effective()["ckpt_path"]:
+        run.source(Path(str(given)), given=True)
     return launch(["run", str(run.write_request(verb, argv))])
 
 

@@ -126,6 +126,42 @@ class Run:
             flat[_with_init_args(key)] = True if value is None else trees.parse_value(value)
         return flat
 
+    def own_weights(self) -> dict[str, Any]:
+        """Weights that the settings themselves give the model, by key: those named `..._weights`."""
+        settings = self.effective().items()
+        return {k: v for k, v in settings if v and k.startswith("model.init_args.") and k.endswith("_weights")}
+
+    def source(self, checkpoint: Path | None, given: bool = False) -> Path | None:
+        """What to take the weights from: `checkpoint`, or None where the settings' own weights stand in for one.
+
+        Args:
+            checkpoint: of the run, or the one that was asked for; None where there is none.
+            given: whether it was asked for.
+
+        Raises:
+            UserError: there is neither, or the checkpoint would silently replace weights that were asked for.
+        """
+        own = self.own_weights()
+        if checkpoint is None:
+            if own:
+                return None
+            raise UserError(
+                f"{self.name} has no checkpoint in {self.last.parent}; run `fit` first, or give --ckpt_path FILE"
+            )
+        if given:
+            typed = {_with_init_args(key) for key, _ in self.overrides}
+            other = [key for key in own if key in typed]
+        else:  # those that training began from are in the checkpoint
+            request = self.request("fit")
+            began = self.read_request(request)[2].own_weights() if read_json(request) is not None else {}
+            other = [key for key, value in own.items() if began.get(key) != value]
+        if other:
+            raise UserError(
+                f"{self.name}: {checkpoint} would replace what {other[0].replace('.init_args', '')} gives; "
+                + ("leave one of them out" if given else "leave that out, or use it under another name, --experiment")
+            )
+        return checkpoint
+
     def time_limit(self) -> float | None:
         """`trainer.max_time` in seconds; None where there is none, or where only the parser knows it."""
         settings = self.effective()

@@ -18,7 +18,8 @@ def main(argv: list[str]) -> int:
     """Write what a stage trained (the last stage, unless `--stage` names one) to `--out`, or `export/` of its folder.
 
     * `--format safetensors`, the default: `weights.safetensors`, averaged weights where the run averaged them, with
-      `export.json` that says what they are, and what the method's own `export(folder)` writes, if it has one.
+      `export.json` that says what they are, and what the method's own `export(folder)` writes, if it has one. Only the
+      latter where the settings themselves give the weights (`--model.adapter_weights FILE`) and nothing was trained.
     * `--format checkpoint`: `checkpoint.ckpt`, one file that any strategy but ZeRO continues from, on any number of
       processes.
     """
@@ -36,10 +37,15 @@ def main(argv: list[str]) -> int:
     from lit_gen.callbacks.record import provenance
     from lit_gen.weights import read_checkpoint
 
-    source = Path(path) if path else newest(run.last.parent)
-    if source is None:
-        raise UserError(f"{run.name} has no checkpoint in {run.last.parent}; run `fit` first, or give --ckpt_path FILE")
+    source = run.source(Path(path) if path else newest(run.last.parent), given=bool(path))
     folder = Path(out) if out else run.folder / "export"
+    if source is None:
+        if kind == "checkpoint":
+            raise UserError(f"{run.name} has no checkpoint in {run.last.parent} that could be made one file")
+        if not _write_own_layout(run, None, folder):
+            raise UserError(f"{run.name}: its model has no layout of its own to export to, and no checkpoint")
+        print(f"{run.name}: {', '.join(map(str, run.own_weights().values()))} is now in {folder}")
+        return 0
     checkpoint = read_checkpoint(source)
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "checkpoint":
@@ -90,19 +96,25 @@ def _write_checkpoint(checkpoint: dict[str, Any], path: Path) -> Path:
     return path
 
 
-def _write_own_layout(run: Run, source: Path, folder: Path) -> None:
-    """Let the method write its weights as others read them, if it can."""
+def _write_own_layout(run: Run, source: Path | None, folder: Path) -> bool:
+    """Let the method write its weights, those of a checkpoint if there is one, as others read them; whether it can."""
     import lightning.pytorch as L
     from jsonargparse import ArgumentParser
 
     from lit_gen.classes import resolve
-    from lit_gen.stage import Binding, load_weights
+    from lit_gen.stage import Binding, as_user_error, load_weights
 
     settings = Binding("fit", [run]).bound[0]["fit"]["model"].as_dict()
     if not callable(getattr(resolve(settings["class_path"], L.LightningModule), "export", None)):
-        return
+        return False
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningModule, "model")
-    model = parser.instantiate_classes(parser.parse_object({"model": settings})).model
-    load_weights(model, str(source))
+    try:
+        model = parser.instantiate_classes(parser.parse_object({"model": settings})).model
+    except Exception as error:
+        raise as_user_error(error, run) from error
+    if source is not None:
+        load_weights(model, str(source))
+    folder.mkdir(parents=True, exist_ok=True)
     model.export(folder)
+    return True

@@ -8,7 +8,7 @@ The section `sweep: report:` of an experiment file:
     findings: what the figures below say, in words; of the runs that the committed report is of
     reference: full                       # the arm that others are compared with
     measures:
-      style error: {stage: adapter, better: lower}
+      style error: {stage: adapter, better: lower}   # or higher, or neither; left out where no arm has it
     claims:
       - {say: "the style is nearer with decoupled crops", measure: style error, arm: full, below: no decoupling}
       - {say: "...", measure: leak rate, arm: full, below: appended to text, times: 0.33}
@@ -229,7 +229,7 @@ def _tables(sweep: Sweep, tested: dict[str, list[Cell]], measures: dict[str, Any
         heading = f"| arm | {name} ({better} is better) |"
         heading += f" minus {reference} |" if reference else ""
         lines += [heading, "|---|---|" + ("---|" if reference else "")]
-        shape = (0, 0)
+        first, shape = len(lines), (0, 0)
         for arm, cells in tested.items():
             try:
                 runs = _read(cells, how)
@@ -241,6 +241,9 @@ def _tables(sweep: Sweep, tested: dict[str, list[Cell]], measures: dict[str, Any
             if reference:
                 row += f" {'' if arm == reference else _apart(cells, tested[reference], name, how)} |"
             lines.append(row)
+        if len(lines) == first:  # tested before there was this measure
+            del lines[-2:]
+            continue
         lines += ["", f"{shape[1]} samples, {shape[0]} seeds; mean and 95 % bootstrap interval over both.", ""]
     return lines
 

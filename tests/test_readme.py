@@ -49,6 +49,8 @@ def test_command(
 ) -> None:
     monkeypatch.chdir(reader)
     command = [OWN_FILES.get(word, word) for word in command]
+    if "model.ckpt" in command:
+        return  # tests/methods/test_stylecrafter_released.py runs it, with small files in the place of real ones
     real = any(word.startswith("experiments/scale/") for word in command)
     small = {"bench": ["--warmup", "1", "--steps", "1", "--rounds", "1"], "data": [], "list": []}.get(
         command[0], ["--print_config" if real else "--smoke"]

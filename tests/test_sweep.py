@@ -206,9 +206,11 @@ def test_overviews_show_means_and_medians(tmp_path: Path) -> None:
         {"measures": ["rank", "ceiling"], "of": ["short"], "arms": ["near"]},
     ]
     claims = [{"say": "nearer", "measure": "rank short", "arm": "near", "below": "far"}]
-    report = {"out": str(tmp_path / "r.md"), "measures": {"rank long": {}}, "overviews": overviews, "claims": claims}
+    measures = {"rank long": {"better": "neither"}, "untested": {}}
+    report = {"out": str(tmp_path / "r.md"), "measures": measures, "overviews": overviews, "claims": claims}
     write(sweep.Sweep("s", cells, report))
     text = (tmp_path / "r.md").read_text()
+    assert "rank long (neither is better)" in text and "untested" not in text  # a measure that no arm has
     assert "| rank of | near | far |\n|---|---|---|\n| short | 2 | 50 |\n| long | 1 | 1 |" in text
     assert "| near: | rank | ceiling |\n|---|---|---|\n| short | 11 | 0.667 |" in text
     assert "| nearer | yes |" in text

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-FRAMES_PER_SECOND = 8
+from lit_gen.errors import at_least
+
+FRAMES_PER_SECOND = 8  # ours: the world's clips have 8 frames
 GAP = 4  # pixels between the cells of a sheet
 
 
@@ -24,7 +26,14 @@ class Samples(L.Callback):
 
     They go to TensorBoard (clips as GIF) and to `samples/step-N/` in the run folder (png and mp4). A method has a
     preview if it defines `preview() -> dict[str, Tensor]`: pictures 3 H W and clips F 3 H W by name, in [-1, 1].
+
+    Args:
+        frames_per_second: of the clips.
     """
+
+    def __init__(self, frames_per_second: int = FRAMES_PER_SECOND) -> None:
+        at_least(1, frames_per_second=frames_per_second)
+        self.rate = frames_per_second
 
     # Not on_validation_end: there the averaged weights may already have been swapped out again.
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -38,13 +47,14 @@ class Samples(L.Callback):
             return
         folder = Path(trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:06d}"
         for name, picture in previews.items():
-            save(folder / name.replace(" ", "-"), picture)
+            save(folder / name.replace(" ", "-"), picture, self.rate)
             for logger in trainer.loggers:
                 # the step at which Lightning logs the figures of this validation
-                show(logger, f"samples/{name}", picture, trainer.fit_loop.epoch_loop._batches_that_stepped)
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped
+                show(logger, f"samples/{name}", picture, step, self.rate)
 
 
-def show(logger: Any, tag: str, picture: Tensor, step: int) -> None:
+def show(logger: Any, tag: str, picture: Tensor, step: int, rate: int = FRAMES_PER_SECOND) -> None:
     """Put a picture 3 H W or a clip F 3 H W in [-1, 1] into TensorBoard; other loggers are left alone."""
     writer = logger.experiment
     if not hasattr(writer, "_get_file_writer"):
@@ -56,11 +66,11 @@ def show(logger: Any, tag: str, picture: Tensor, step: int) -> None:
 
     # add_video needs moviepy; an image summary may hold an animated GIF just as well.
     height, width = picture.shape[-2:]
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=to_gif(picture))
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=to_gif(picture, rate))
     writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
-def save(path: Path, picture: Tensor) -> Path:
+def save(path: Path, picture: Tensor, rate: int = FRAMES_PER_SECOND) -> Path:
     """Write a picture 3 H W as png or a clip F 3 H W as mp4, values in [-1, 1]; returns the path with its extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = to_uint8(picture)
@@ -74,7 +84,7 @@ def save(path: Path, picture: Tensor) -> Path:
     # yuv420p plays everywhere, but wants even sides
     pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"crf": "12"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "12"})
         stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], "yuv420p"
         for frame in pixels:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -87,11 +97,11 @@ def to_uint8(picture: Tensor) -> np.ndarray:
     return picture.detach().float().add(1).mul(127.5).round().clamp(0, 255).byte().movedim(-3, -1).cpu().numpy()
 
 
-def to_gif(clip: Tensor) -> bytes:
+def to_gif(clip: Tensor, rate: int = FRAMES_PER_SECOND) -> bytes:
     """A clip F 3 H W in [-1, 1] as an endless GIF."""
     frames = [Image.fromarray(frame) for frame in to_uint8(clip)]
     buffer = io.BytesIO()
-    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=1000 // FRAMES_PER_SECOND, loop=0)
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=1000 // rate, loop=0)
     return buffer.getvalue()
 
 

@@ -22,21 +22,27 @@ VIDEO = ("mp4", "webm", "mov", "mkv", "avi")
 # A file's content decides what reads it, not its name. These readers only compute; others of the same libraries start
 # programs (Ghostscript for EPS), or open the files and addresses that a playlist names.
 _PICTURES = ("PNG", "JPEG", "WEBP")
+MORE_PICTURES = (*_PICTURES, "BMP", "GIF", "TIFF")  # that a user may name, but sets do not hold
 CLIPS = {"format_whitelist": "mov,matroska,avi", "protocol_whitelist": "none"}
 
 
-def open_picture(source: bytes | Path) -> Image.Image:
-    """A picture in one of the formats of IMAGE, not decoded yet."""
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_PICTURES)
+def open_picture(source: bytes | Path, formats: tuple[str, ...] = _PICTURES) -> Image.Image:
+    """A picture in one of the formats, by default those of IMAGE, not decoded yet."""
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
 
 
-def read_image(data: bytes) -> Image.Image:
-    """An RGB picture of 8 bits, upright."""
-    open_picture(data).verify()  # finds flipped bytes that decode to wrong pixels
-    picture = open_picture(data)
+def read_image(data: bytes, formats: tuple[str, ...] = _PICTURES) -> Image.Image:
+    """An RGB picture of 8 bits, upright, on white where it is transparent."""
+    open_picture(data, formats).verify()  # finds flipped bytes that decode to wrong pixels
+    picture = open_picture(data, formats)
     if picture.mode.startswith("I"):  # grey of 16 bits, which `convert` would clip to white
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    return (picture if picture.format == "PNG" else ImageOps.exif_transpose(picture)).convert("RGB")
+    if picture.format != "PNG":
+        picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:  # `convert` would show whatever colour is behind
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
 
 def read_video(data: bytes) -> np.ndarray:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from lit_gen.data.decode import IMAGE, open_picture
+from lit_gen.data.decode import IMAGE, MORE_PICTURES, read_image
 from lit_gen.data.shards import BadSample
 from lit_gen.errors import UserError
 
@@ -57,11 +57,15 @@ def resize_short_side(picture: Image.Image, side: int) -> Image.Image:
     return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
 
 
-def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """The square middle of a picture whose short side becomes `size`."""
-    picture = resize_short_side(picture, size)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+def centre_crop(picture: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """The middle of a picture that was resized to just cover `size`: height and width, or the side of a square."""
+    height, width = (size, size) if isinstance(size, int) else size
+    scale = max(height / picture.height, width / picture.width)
+    covering = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    if covering != picture.size:
+        picture = picture.resize(covering, Image.Resampling.BICUBIC)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
 
 
 def to_tensor(picture: Image.Image | np.ndarray) -> Tensor:
@@ -71,14 +75,16 @@ def to_tensor(picture: Image.Image | np.ndarray) -> Tensor:
 
 
 def read_picture(file: Path, size: int, what: str = "style") -> Tensor:
-    """The middle of a picture file, 3 size size in [-1, 1].
+    """The middle of a picture file, 3 size size in [-1, 1], read as the pictures of sets are.
 
     Raises:
         UserError: it is no picture; `what` says what it was for.
     """
     try:
-        with open_picture(file) as opened:
-            picture = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        picture = read_image(file.read_bytes(), MORE_PICTURES)
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise UserError(f"{what} {str(file)!r} has more than {most:,} pixels; make it smaller") from error
+    except Exception as error:  # damaged bytes raise nearly anything
         raise UserError(f"{what} {str(file)!r} is not a picture that can be read") from error
     return to_tensor(centre_crop(picture, size))

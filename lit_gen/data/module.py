@@ -19,7 +19,7 @@ from lit_gen.data.loader import ShardLoader, Transform
 from lit_gen.data.mixed import MixedLoader
 from lit_gen.data.shards import ShardSet
 from lit_gen.data.split import Paused
-from lit_gen.data.styled import StyleSample
+from lit_gen.data.styled import Rules, StyleSample, rules_of
 from lit_gen.data.videos import VideoSample
 from lit_gen.errors import ShardError, at_least
 
@@ -198,7 +198,7 @@ class Videos(Shards):
         test: str | None = None,
         batch_size: int = 4,
         val_batch_size: int | None = None,
-        size: int | None = None,
+        size: int | tuple[int, int] | None = None,
         frames: int | None = None,
         stride: int = 1,
         workers: int = 0,
@@ -215,7 +215,7 @@ class Videos(Shards):
             test: set for `test` and `predict`.
             batch_size: clips per step and rank.
             val_batch_size: clips per evaluation step and rank, `batch_size` by default.
-            size: pixels, height and width of a centre crop; by default frames stay as they are.
+            size: pixels of a centre crop, the side of a square or [height, width]; by default frames stay as they are.
             frames: frames per clip, from a random place of longer videos (the middle in evaluation); all by default.
             stride: take every so many frames of the file.
             workers: processes that decode; 0 decodes in the training process. Batches do not depend on it.
@@ -227,7 +227,7 @@ class Videos(Shards):
         super().__init__(
             *(train, val, test, batch_size, val_batch_size, workers, seed, tolerance, cached, cache_folder)
         )
-        at_least(1, size=size, frames=frames, stride=stride)
+        at_least(1, size=size if isinstance(size, int | None) else min(size), frames=frames, stride=stride)
         self.size, self.frames, self.stride = size, frames, stride
 
     def transform(self, shards: ShardSet, training: bool) -> VideoSample:
@@ -235,7 +235,8 @@ class Videos(Shards):
         return VideoSample(self.size, self.frames, self.stride, random_start=training, stored=stored)
 
     def preprocessing(self) -> dict[str, Any]:
-        return {"size": self.size}
+        # a list, as it comes back from a file
+        return {"size": list(self.size) if isinstance(self.size, tuple) else self.size}
 
     def whole(self, shards: ShardSet) -> VideoSample:
         return VideoSample(self.size, stored=shards.description.get("frames"))
@@ -256,7 +257,7 @@ class StyledImages(Shards):
         val_batch_size: int | None = None,
         size: int = 64,
         zoom: float = 800 / 512,
-        strip_style: bool = True,
+        strip_style: bool | Rules = "careful",
         workers: int = 0,
         seed: int = 0,
         tolerance: float = 0.01,
@@ -272,9 +273,11 @@ class StyledImages(Shards):
             batch_size: samples per step and rank.
             val_batch_size: samples per evaluation step and rank, `batch_size` by default.
             size: pixels, height and width of target (centre crop) and reference (random crop).
-            zoom: short side of the picture that the reference is cropped from, in units of `size`; 1 makes the
-                reference the target itself (the paper's ablation without decoupling).
-            strip_style: remove words that tell the style from captions.
+            zoom: short side of the picture that the reference is cropped from, in units of `size`, in the paper 800 of
+                512; 1 makes the reference the target itself (the paper's ablation without decoupling).
+            strip_style: by which rules words that tell the style are removed from captions: those of the "paper", which
+                also take content with them ("a room with a view of the sea" becomes "the sea"), "careful" ones or
+                "none"; true and false are the latter two.
             workers: processes that decode; 0 decodes in the training process. Batches do not depend on it.
             seed: of the order of samples and of the random crops.
             tolerance: share of unreadable samples (replaced, counted and named) above which training stops.
@@ -285,7 +288,7 @@ class StyledImages(Shards):
             *(train, val, test, batch_size, val_batch_size, workers, seed, tolerance, cached, cache_folder)
         )
         at_least(1, size=size, zoom=zoom)
-        self.size, self.zoom, self.strip_style = size, zoom, strip_style
+        self.size, self.zoom, self.strip_style = size, zoom, rules_of(strip_style)
 
     def transform(self, shards: ShardSet, training: bool) -> StyleSample:
         return StyleSample(self.size, self.zoom, self.strip_style)
@@ -305,7 +308,7 @@ class ImagesAndVideos(L.LightningDataModule):
         Args:
             images: data module of the images.
             videos: data module of the videos.
-            image_probability: share of steps that are image batches.
+            image_probability: share of steps that are image batches; 0.2 is StyleCrafter's (paper, stage 2).
             seed: of the choice.
         """
         super().__init__()

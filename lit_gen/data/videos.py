@@ -20,7 +20,7 @@ EXTENSIONS = {*VIDEO, "txt", "json"}
 class VideoSample:
     """Consecutive frames of a clip, centre cropped; of a cached set also what the same frames were encoded to."""
 
-    size: int | None = None  # pixels, height and width; None keeps frames as they are
+    size: int | tuple[int, int] | None = None  # pixels of a square, or height and width; None keeps frames as they are
     frames: int | None = None  # F; None takes every frame
     stride: int = 1  # every so many frames of the file
     random_start: bool = True  # anywhere in longer clips, else the middle
@@ -46,6 +46,7 @@ class VideoSample:
         chosen = slice(start, start + span, self.stride)
         clip = clip[chosen]
         encodings |= {name: value[chosen] for name, value in by_frame.items()}
-        if self.size is not None and clip.shape[1:3] != (self.size, self.size):
-            clip = np.stack([np.asarray(centre_crop(Image.fromarray(frame), self.size)) for frame in clip])
+        size = (self.size, self.size) if isinstance(self.size, int) else self.size
+        if size is not None and clip.shape[1:3] != tuple(size):
+            clip = np.stack([np.asarray(centre_crop(Image.fromarray(frame), size)) for frame in clip])
         return {"video": to_tensor(clip)} | encodings | said(sample)

@@ -53,16 +53,21 @@ class StyleLayer(nn.Module):
     Args:
         attention: the diffusers `Attention` this layer goes with; read once, not kept.
         gain: of the norm at the start.
+        scaled: whether the style's attention divides by sqrt(d), as the paper has it.
+        values_from_keys: start the style's values from the text's keys instead of its values.
     """
 
-    def __init__(self, attention: nn.Module, gain: float = 1.0) -> None:
+    def __init__(
+        self, attention: nn.Module, gain: float = 1.0, scaled: bool = True, values_from_keys: bool = False
+    ) -> None:
         super().__init__()
+        self.scale = None if scaled else 1.0  # of scaled_dot_product_attention, whose None is 1/sqrt(d)
         inner, width = attention.to_k.weight.shape
         self.to_k_style = nn.Linear(width, inner, bias=False)
         self.to_v_style = nn.Linear(width, inner, bias=False)
         with torch.no_grad():
             self.to_k_style.weight.copy_(attention.to_k.weight)
-            self.to_v_style.weight.copy_(attention.to_v.weight)
+            self.to_v_style.weight.copy_((attention.to_k if values_from_keys else attention.to_v).weight)
         self.norm_style = nn.LayerNorm(inner)
         nn.init.constant_(self.norm_style.weight, gain)
 
@@ -152,7 +157,8 @@ class StyledAttention(TextAttention):
     ) -> Tensor:
         key = _heads(self.layer.to_k_style(style.tokens), attn.heads)
         value = _heads(self.layer.to_v_style(style.tokens), attn.heads)
-        branch = self.layer.norm_style(_join(F.scaled_dot_product_attention(query, key, value)))
+        seen = F.scaled_dot_product_attention(query, key, value, scale=self.layer.scale)
+        branch = self.layer.norm_style(_join(seen))
         # The mask multiplies after the norm: LN(0) is its bias, not 0.
         scale = style.scale[:, self.index] if style.mask is None else style.scale[:, self.index] * style.mask
         return out + scale.to(branch.dtype).view(-1, 1, 1) * branch

@@ -38,7 +38,9 @@ class Base(nn.Module):
     def __init__(self, path: str, parts: dict[str, Any]) -> None:
         super().__init__()
         self.path = path
-        self.fingerprint: str | None = None  # of the UNet as it was loaded, where its precision is another since
+        # of the UNet, and the image encoder, as they were loaded, where their precision is another since
+        self.fingerprint: str | None = None
+        self.image_fingerprint: str | None = None
         self.tokenizer = parts.get("tokenizer")
         self.text_encoder = parts.get("text_encoder")
         self.tokenizer_2 = parts.get("tokenizer_2")

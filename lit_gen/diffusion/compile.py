@@ -46,7 +46,9 @@ class Compile:
             )
 
     def apply(self, unet: nn.Module) -> None:
-        """Have a UNet of diffusers compiled when it is first called."""
+        """Have a UNet of diffusers, or VideoCrafter's over one, compiled when it is first called."""
+        if self.blocks and not hasattr(unet, "down_blocks"):
+            raise UserError(f"compile.blocks: {type(unet).__name__} runs through its blocks' layers; leave it false")
         parts = [*unet.down_blocks, unet.mid_block, *unet.up_blocks] if self.blocks else [unet]
         # All parts count as one function to the compiler, which by default gives up at its ninth version.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(parts))

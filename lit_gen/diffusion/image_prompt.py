@@ -21,9 +21,7 @@ def encode_image(encoder: nn.Module, processor: Any, images: Tensor, layer: int 
         layer: -1 is the final block, its class token after the final norm and its patch tokens without it, as the
             paper's code has it; -2 and below are raw earlier blocks (SDXL variant: -2).
     """
-    size = encoder.config.image_size
-    if images.shape[-2:] != (size, size):
-        images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+    images = resized(images, encoder.config.image_size)
     pixels = ((images + 1) / 2 - _colour(tuple(processor.image_mean), images.device)) / _colour(
         tuple(processor.image_std), images.device
     )
@@ -32,6 +30,13 @@ def encode_image(encoder: nn.Module, processor: Any, images: Tensor, layer: int 
         return tower(pixels.to(encoder.dtype), output_hidden_states=True).hidden_states[layer].float()
     tokens = tower(pixels.to(encoder.dtype)).last_hidden_state
     return torch.cat([tower.post_layernorm(tokens[:, :1]), tokens[:, 1:]], dim=1).float()
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images B 3 H W as B 3 size size, whatever their shape was, as the paper's code has it."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True)
 
 
 @lru_cache
@@ -91,7 +96,7 @@ class StyleExtractor(nn.Module):
     Args:
         width: of the CLIP tokens.
         out: width of the style tokens, that of the text states.
-        tokens, layers, heads: paper 8, 3, 8.
+        tokens, layers, heads: 8, 3, 8 in the released code.
     """
 
     def __init__(self, width: int, out: int, tokens: int = 8, layers: int = 3, heads: int = 8) -> None:
@@ -110,7 +115,7 @@ class ScalePredictor(nn.Module):
     Args:
         width: of style tokens and text states.
         count: styled layers; query i belongs to the i-th in execution order.
-        layers, heads, hidden: paper 2, 8, 32.
+        layers, heads, hidden: 2, 8, 32 in the released code.
     """
 
     def __init__(self, width: int, count: int, layers: int = 2, heads: int = 8, hidden: int = 32) -> None:

@@ -16,11 +16,13 @@ from lit_gen.diffusion.image_prompt import ProjectedScalePredictor, ScalePredict
 class Adapter:
     """Size of the style adapter.
 
+    The defaults of sizes are those of the released adapter for VideoCrafter1.
+
     Args:
         tokens: style tokens.
         extractor_layers: transformer blocks over the tokens of the reference.
         predictor_layers: transformer blocks of the scale predictor.
-        heads: attention heads of both.
+        heads: attention heads of both; 8 in the released code.
         predictor_heads: attention heads of the scale predictor, if other than `heads`.
         predictor_width: width that style and text are projected to for the scale predictor; null: they are not.
         image_layer: block of the image encoder that is read; -1 the final one, -2 the one before.
@@ -28,6 +30,10 @@ class Adapter:
         fixed_scale: one factor for all styled layers instead of predicted ones (the paper's ablation).
         fusion: a "dual" cross-attention to the style beside the text's, as in the paper; or the style tokens are
             "appended" to the text, where neither scale nor weight applies (the paper's ablation).
+        style_attention: "scaled" by 1/sqrt(d), as in the paper and the released code with xformers; "unscaled" is what
+            the released code computes without xformers.
+        values_from: what the style's values start from, the text's "values"; or its "keys", as the released SDXL code
+            has it.
     """
 
     tokens: int = 8
@@ -40,6 +46,8 @@ class Adapter:
     gain: float = 1.0
     fixed_scale: float | None = None
     fusion: Literal["dual", "appended"] = "dual"
+    style_attention: Literal["scaled", "unscaled"] = "scaled"
+    values_from: Literal["values", "keys"] = "values"
 
 
 # Sizes of the released adapters (StyleCrafter card 2.2, 2.4, 2.6).
@@ -71,7 +79,8 @@ class StyleAdapter(nn.Module):
                 else ProjectedScalePredictor(width, len(attentions), inner, size.predictor_layers, heads)
             )
         styled = () if self.appended else attentions
-        self.layers = nn.ModuleList(StyleLayer(attention, size.gain) for attention in styled)
+        scaled, from_keys = size.style_attention == "scaled", size.values_from == "keys"
+        self.layers = nn.ModuleList(StyleLayer(attention, size.gain, scaled, from_keys) for attention in styled)
 
     def attach(self, unet: nn.Module) -> None:
         """Make the cross-attentions of `unet` read the style; without one they stay exactly what they were."""

@@ -45,6 +45,15 @@ class TextCondition:
         """B clips to B*F frames, b-major like the latents inside a motion UNet."""
         return self._each(lambda x: x.repeat_interleave(frames, 0))
 
+    def where(self, keep: Tensor, other: TextCondition) -> TextCondition:
+        """Of B samples the own condition where `keep` (B, bool) is true, else that of `other`."""
+
+        def choose(own: Tensor, theirs: Tensor) -> Tensor:
+            return torch.where(keep.view(-1, *[1] * (own.ndim - 1)), own, theirs.to(own.dtype))
+
+        added = None if self.added is None else {name: choose(x, other.added[name]) for name, x in self.added.items()}
+        return TextCondition(choose(self.states, other.states), added)
+
     @staticmethod
     def cat(parts: Sequence[TextCondition]) -> TextCondition:
         names = parts[0].added

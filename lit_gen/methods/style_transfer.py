@@ -159,15 +159,16 @@ class ClipScores(nn.Module):
         """clips and real B F 3 H W; scenes of the prompts and of the references where they are known."""
         self.flicker.update(clips)
         self.real_flicker.update(real)
-        own = flicker(clips.float())
-        values = {"flicker": own, "flicker, times real": own / flicker(real.float()).clamp(min=1e-6)}
+        values = {"flicker": flicker(clips.float())}
         if self.motion is not None and scenes is not None and references is not None:
             seen = self.motion.oracle(clips.device).read_video(clips)
             self.motion.update(seen, scenes)
             values["motion accuracy"] = (seen.motion == scenes.motion.clamp(min=0)).float()
             values |= self.pictures.update(clips[:, clips.shape[1] // 2], scenes, references)
             values["style drift"] = self.drift(clips)
-        return {f"{name} of clips": value for name, value in values.items()}
+        values = {f"{name} of clips": value for name, value in values.items()}
+        # Beside each other, not as a ratio: where a real clip hardly flickers it is huge, and so is a mean over clips.
+        return values | {"flicker of real clips": flicker(real.float())}
 
     def drift(self, clips: Tensor) -> Tensor:
         """Mean style error between neighbouring frames of clips B F 3 H W: B; 0 if the style stays what it is."""

@@ -14,9 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from lit_gen.callbacks.samples import save
 from lit_gen.data.styled import strip_style
 from lit_gen.diffusion.attention import Style
 from lit_gen.diffusion.compile import Compile, uncompiled
@@ -26,20 +24,18 @@ from lit_gen.diffusion.style_adapter import Adapter, StyleAdapter
 from lit_gen.diffusion.temporal import motion_modules, motion_unet
 from lit_gen.diffusion.text import TextCondition
 from lit_gen.diffusion.videocrafter import TemporalLayers
-from lit_gen.errors import UserError
-from lit_gen.methods.base import Method, Optimizer
+from lit_gen.errors import UserError, at_least
+from lit_gen.methods.base import Optimizer
 from lit_gen.methods.stylecrafter_base import keep_frozen_in, load
 from lit_gen.methods.stylecrafter_files import load_adapter, save_all, size_of
-from lit_gen.methods.stylecrafter_judgement import Judgement, random_view, real_samples, seed_of
+from lit_gen.methods.stylecrafter_judgement import Judgement, random_view, real_samples
+from lit_gen.methods.stylecrafter_prediction import Prediction
 from lit_gen.methods.stylecrafter_references import Pictures, References, read
-from lit_gen.methods.stylecrafter_requests import Request, read_requests, sheets
 from lit_gen.methods.stylecrafter_sampling import Sampling, guided
 from lit_gen.methods.stylecrafter_weights import read_temporal
 
-PICTURES, CLIPS = 8, 2  # that `predict` draws together
 
-
-class StyleCrafter(Method):
+class StyleCrafter(Prediction):
     """Style adapter and temporal finetuning.
 
     Args:
@@ -52,10 +48,14 @@ class StyleCrafter(Method):
         config: for a single-file base, the diffusers folder with its model configs and tokenizer.
         adapter: size of the style adapter.
         adapter_weights: what it starts from: a folder that `export` wrote, which also tells its size, or a released
-            file (adapter_v1.pth, stylecrafter_sdxl.ckpt).
-        temporal_weights: released temporal layers (temporal_v1.pth), in the place of the base's.
+            file (adapter_v1.pth, stylecrafter_sdxl.ckpt), whose names and shapes do. `predict` and `export` need no
+            checkpoint then; where there is one that was not trained from these, they refuse to choose.
+        temporal_weights: released temporal layers (temporal_v1.pth), in the place of the base's; likewise.
         style_weight: strength of the style, lambda.
-        drop_style: share of training samples that get no style; the paper drops none.
+        drop_style: share of training samples that get no style. The paper tells no rate, and the released SDXL code
+            drops nothing.
+        drop_text: share that get the empty prompt; likewise.
+        drop_both: share that get neither; likewise.
         decoupled: the reference is another view of the picture; false makes it the picture (the paper's ablation).
         timestep_bias: timesteps of pictures are drawn with a density proportional to t to this power; the paper's 0 is
             uniform, and clips always have that.
@@ -63,16 +63,18 @@ class StyleCrafter(Method):
             paper and always for clips; or the "clean" latent that the prediction implies. The colours of a small
             picture show through all but the strongest noise, so there the paper's loss learns little from the reference
             (ours: bias 2 and "clean" find the style in a tenth of the steps).
-        style_zoom: short side of the picture a clip's reference is cropped from, in units of the clip's size.
+        style_zoom: short side of the picture a clip's reference is cropped from, in units of the clip's size; the
+            paper's of pictures, as that of clips is unpublished.
         negative: the prompt of the unconditional term; SDXL's released code has "monochrome, lowres, bad anatomy, ...".
         image_sampling: how pictures are drawn.
-        video_sampling: how clips are drawn.
+        video_sampling: how clips are drawn; scales 15 and 7.5 are the paper's.
         oracle: folder of the oracle that scores validation samples of the world; null for data without ground truth.
         prompts: what `predict` draws; texts, or .txt files with one in each line.
         styles: what `predict` draws each prompt in the style of: pictures, folders of them, or several pictures with
             ";" between for one style together.
         pairs: a .csv with the columns prompt and style (again with ";"), each row of which `predict` draws.
         frames: clip length in `predict`; 1 draws pictures. By default pictures after "adapter", 8 after "temporal".
+        frames_per_second: of the clips that `predict` writes; the released code's are 10.
         export_released: `export` also writes the weights in the layout of the released files.
         temporal_lr: peak learning rate of the motion modules in stage "joint"; by default the optimizer's.
         frozen_dtype: precision that the frozen UNet and encoders are kept in. "bfloat16" with `precision: bf16-mixed`
@@ -95,6 +97,8 @@ class StyleCrafter(Method):
         temporal_weights: str | None = None,
         style_weight: float = 1.0,
         drop_style: float = 0.0,
+        drop_text: float = 0.0,
+        drop_both: float = 0.0,
         decoupled: bool = True,
         timestep_bias: float = 0.0,
         error_of: Literal["noise", "clean"] = "noise",
@@ -107,6 +111,7 @@ class StyleCrafter(Method):
         styles: list[str] | None = None,
         pairs: str | None = None,
         frames: int | None = None,
+        frames_per_second: int = 8,
         export_released: bool = False,
         temporal_lr: float | None = None,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
@@ -115,15 +120,22 @@ class StyleCrafter(Method):
         optimizer: Optimizer = Optimizer(),
     ) -> None:
         super().__init__(optimizer)
+        at_least(1, frames=frames, frames_per_second=frames_per_second)
         if stage == "adapter" and (frames or 1) > 1:
             raise UserError(
                 f'model.frames is {frames}, but stage "adapter" draws pictures; clips need stage "temporal"'
             )
-        self.stage, self.style_weight, self.drop_style, self.style_zoom = stage, style_weight, drop_style, style_zoom
+        at_least(0, drop_style=drop_style, drop_text=drop_text, drop_both=drop_both)
+        if drop_style + drop_text + drop_both > 1:
+            raise UserError("model.drop_style, drop_text and drop_both are shares of the samples: at most 1 together")
+        self.stage, self.style_weight, self.style_zoom = stage, style_weight, style_zoom
+        self.drops = drop_style, drop_text, drop_both
+        self._nothing: dict[tuple[int, int], TextCondition] = {}  # the empty prompt by size of the picture
         self.decoupled, self.timestep_bias, self.error_of = decoupled, timestep_bias, error_of
         self.negative, self.image_sampling, self.video_sampling = negative, image_sampling, video_sampling
         self.prompts, self.styles, self.pairs = prompts or [], styles or [], pairs
         self.frames = frames or (1 if stage == "adapter" else 8)
+        self.frames_per_second = frames_per_second
         self.export_released, self.temporal_lr, self.compiled = export_released, temporal_lr, compile
         self.frozen_dtype = frozen_dtype
         self.base = load(base, stage, motion, image_encoder, config, temporal_weights)
@@ -142,11 +154,14 @@ class StyleCrafter(Method):
             # so that a checkpoint is enough to predict from, even where these weights are not trained
             self._inherited |= {f"adapter.{name}" for name in self.adapter.state_dict()}
         self.motion_unet: nn.Module | None = None
+        self.longest: int | None = None  # clip that the temporal layers have positions for
         if stage != "adapter":
             self.adapter.requires_grad_(stage == "joint")
             if temporal_weights:
                 self.base.motion_adapter = TemporalLayers.for_unet(self.base.unet)
                 read_temporal(temporal_weights, self.base.motion_adapter)
+            self.longest = self.base.motion_adapter.config.get("motion_max_seq_length")
+            self._refuse_longer(self.frames, "model.frames is")
             self.motion_unet = motion_unet(self.base.unet, self.base.motion_adapter)
             self.base.motion_adapter = None  # its layers now belong to the motion UNet
             for modules in motion_modules(self.motion_unet):
@@ -155,7 +170,6 @@ class StyleCrafter(Method):
             keep_frozen_in(torch.bfloat16, self.base, self.motion_unet)
         self.judgement = Judgement(stage, oracle)
         self._shown: dict[str, Tensor] = {}
-        self._drawn: list[tuple[Request, list[Tensor]]] = []
         # Last: a motion UNet makes its own processors when it is built; the spatial layers, now shared, get ours.
         self.adapter.attach(self.base.unet)
         self.checkpointing = checkpointing
@@ -186,7 +200,8 @@ class StyleCrafter(Method):
 
     def read(self, pictures: Pictures) -> References:
         """References as `style` wants them: B 3 h w in [-1, 1]; B N 3 h w, N references each; or for each sample its
-        own N 3 h w, where N may differ and a sample without any is drawn by the plain base. Order changes nothing."""
+        own N 3 h w, where N, h and w may differ and a sample without any is drawn by the plain base. Order changes
+        nothing."""
         return read(self.base.image_encoder, self.base.image_processor, pictures, self.adapter_size.image_layer)
 
     def style(self, references: Pictures | References, text: TextCondition, mask: Tensor | None = None) -> Style:
@@ -205,11 +220,16 @@ class StyleCrafter(Method):
                 condition.mask = on if condition.mask is None else condition.mask * on
         return condition
 
+    def _refuse_longer(self, frames: int, said: str) -> None:
+        if self.longest is not None and frames > self.longest:
+            raise UserError(f"{said} {frames}, but the motion adapter has positions for {self.longest} frames at most")
+
     def network(self, noisy: Tensor, t: Tensor, text: TextCondition, style: Style | None) -> Tensor:
         """The UNet's output at noisy latents: B C h w through the 2D path, B F C h w through the temporal layers."""
         clips = noisy.ndim == 5
         if clips:  # motion UNets want the conditions of each frame
             frames, noisy = noisy.shape[1], noisy.transpose(1, 2)
+            self._refuse_longer(frames, "clips have")
             text, style = text.repeat_frames(frames), None if style is None else style.repeat_frames(frames)
         given = None if style is None else {"style": style}
         # Whatever the trainer's precision: weights of two precisions meet in layers that want one.
@@ -243,11 +263,23 @@ class StyleCrafter(Method):
         # The two settings make pictures teach the style; clips teach motion, alone or beside pictures in stage "joint".
         bias, error_of = (0.0, "noise") if "video" in batch else (self.timestep_bias, self.error_of)
         t = self.schedule.sample_timesteps(len(latents), latents.device, bias)
-        if self.drop_style > 0:
-            style.mask = (torch.rand(len(text), device=latents.device) >= self.drop_style).to(style.scale.dtype)
+        if any(self.drops):
+            text, style.mask = self._drop(text, style, (height, width))
         output = self.network(self.schedule.add_noise(latents, noise, t), t, text, style)
         error = self.schedule.loss(output, latents, noise, t)
         return error * self.schedule.clean_weight(t) if error_of == "clean" else error
+
+    def _drop(self, text: TextCondition, style: Style, size: tuple[int, int]) -> tuple[TextCondition, Tensor]:
+        """Text and mask (B) with the conditions of some samples left out; scales stay those of the whole prompt."""
+        no_style, no_text, neither = self.drops
+        draw = torch.rand(len(text), device=style.scale.device)
+        both = draw < 1 - neither
+        styled, told = both & (draw >= no_style), both & ((draw < no_style) | (draw >= no_style + no_text))
+        if no_text + neither > 0:
+            if size not in self._nothing:  # once: steps of cached data encode no text
+                self._nothing[size] = self.text([""], size=size)
+            text = text.where(told, self._nothing[size].expand(len(text)))
+        return text, styled.to(style.scale.dtype)
 
     def references(self, batch: dict[str, Any]) -> Tensor:
         """The pictures B 3 h w that the samples of a training batch are to learn their style from: themselves."""
@@ -349,48 +381,7 @@ class StyleCrafter(Method):
         """What the last validation drew, for the `Samples` callback."""
         return self._shown
 
-    # -- prediction ---------------------------------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        if stage == "predict":  # else Lightning asks the experiment's data module, which knows no prompts
-            self.trainer.predict_loop._data_source.instance = self
-
-    def predict_dataloader(self) -> DataLoader:
-        """Each style with its prompts.
-
-        Raises:
-            UserError: no prompts or no styles, a reference that cannot be read, or a prompt that is too long.
-        """
-        requests = read_requests(self.prompts, self.styles, self.pairs, self.base.image_encoder.config.image_size)
-        for prompt in {text for request in requests for text in request.prompts.values()} | {self.negative}:
-            self.text([prompt], strict=True)
-        return DataLoader(requests, batch_size=None)
-
-    def predict_step(self, request: Request, batch_idx: int) -> list[Tensor]:
-        """All prompts of one style, written to `samples/predict/` of the run folder."""
-        texts, drawn = list(request.prompts.values()), []
-        together = PICTURES if self.frames == 1 else CLIPS
-        references = self.read(request.references[None].to(self.device))
-        for start in range(0, len(texts), together):
-            prompts = texts[start : start + together]
-            views, seeds = references.expand(len(prompts)), [seed_of(p) for p in prompts]
-            drawn += self.sample(prompts, views, seeds, self.frames, strict=True).cpu()
-        for number, sample in zip(request.prompts, drawn, strict=True):
-            save(self.predictions / f"{request.name}-{number:02d}", sample)
-        self._drawn.append((request, drawn))
-        return drawn
-
-    def on_predict_epoch_end(self) -> None:
-        rank = f"-{self.global_rank}" if self.trainer.world_size > 1 else ""
-        for page, sheet in enumerate(sheets(self._drawn)):
-            path = save(self.predictions / f"contact-sheet{rank}{f'-{page}' if page else ''}", sheet)
-            print(f"drawn: {path}")
-        self._drawn = []
-
-    @property
-    def predictions(self) -> Path:
-        """Where `predict` writes."""
-        return self.run_dir / "samples" / "predict"
+    # -- export --------------------------------------------------------------------------------------------------------
 
     def export(self, folder: Path) -> None:
         """Write the adapter to `adapter/`, and after later stages the motion modules to `motion_adapter/`."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from lit_gen.diffusion.base import PIPELINE_PARTS, Base, load_base
 from lit_gen.errors import UserError
-from lit_gen.methods.stylecrafter_files import fingerprint
+from lit_gen.methods.stylecrafter_files import fingerprint, image_fingerprint
 
 
 def load(
@@ -23,7 +23,10 @@ def load(
     if stage == "adapter" and temporal:
         raise UserError('model.temporal_weights are of no use in stage "adapter", which has no temporal layers')
     if motion and temporal:
-        raise UserError("model.motion and model.temporal_weights both say where the temporal layers come from")
+        raise UserError(
+            f"model.motion ({motion}) and model.temporal_weights both say where the temporal layers come from; "
+            "--model.motion null leaves the former out"
+        )
     refusal = UserError(
         f'base {base!r} is of the SDXL kind, which has no temporal layers: it can only be in stage "adapter"'
     )
@@ -48,7 +51,7 @@ def keep_frozen_in(dtype: torch.dtype, base: Base, motion_unet: nn.Module | None
         motion_unet: over the UNet, with temporal layers; None for none.
     """
     if next(base.unet.parameters()).device.type != "meta":  # an adapter names the weights it was trained for
-        base.fingerprint = fingerprint(base.unet)
+        base.fingerprint, base.image_fingerprint = fingerprint(base.unet), image_fingerprint(base.image_encoder)
     for part in (base.unet, motion_unet, base.text_encoder, base.text_encoder_2, base.image_encoder):
         for weight in () if part is None else part.parameters():
             if not weight.requires_grad:

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lit_gen.diffusion.attention import cross_attentions
-from lit_gen.diffusion.original_layout import require_same
+from lit_gen.diffusion.original_layout import read_weights, require_same
 from lit_gen.diffusion.style_adapter import Adapter, StyleAdapter
 from lit_gen.diffusion.videocrafter import VideoUNet
 from lit_gen.errors import UserError
-from lit_gen.methods.stylecrafter_weights import read_adapter, write_adapter, write_temporal
+from lit_gen.methods.stylecrafter_weights import read_adapter, released_size, write_adapter, write_temporal
 
 log = logging.getLogger(__name__)
 CONFIG, WEIGHTS, SUBFOLDER = "config.json", "model.safetensors", "adapter"
@@ -61,6 +61,7 @@ def save_adapter(folder: Path, adapter: StyleAdapter, size: Adapter, base: Any) 
         "_class_name": StyleAdapter.__name__,
         "base": base.path,
         "base_fingerprint": base.fingerprint or fingerprint(base.unet),
+        "image_encoder_fingerprint": base.image_fingerprint or image_fingerprint(base.image_encoder),
         **_fit(adapter, base.unet),
         "size": dataclasses.asdict(size),
     }
@@ -70,9 +71,11 @@ def save_adapter(folder: Path, adapter: StyleAdapter, size: Adapter, base: Any) 
 
 
 def size_of(path: str | None, given: Adapter) -> Adapter:
-    """The size of a saved adapter; `given` where there is none, or a released file, which does not tell."""
-    if path is None or not Path(path).is_dir():
+    """The size of a saved adapter, or of a released one; `given` where there is none."""
+    if path is None:
         return given
+    if not Path(path).is_dir():
+        return released_size(read_weights(path), given, path)
     config = _read_config(_folder(path))
     known = {field.name for field in dataclasses.fields(Adapter)}
     if unknown := config["size"].keys() - known:
@@ -84,7 +87,8 @@ def load_adapter(path: str, adapter: StyleAdapter, base: Any) -> None:
     """Give an adapter of the right size the weights of a folder, or of a released file.
 
     Raises:
-        UserError: there are none, they are damaged, or the adapter was trained for a base of another shape.
+        UserError: there are none, they are damaged, or the adapter was trained for a base of another shape or for
+            another image encoder.
     """
     if not Path(path).is_dir():
         read_adapter(path, adapter, base.unet)
@@ -103,8 +107,14 @@ def load_adapter(path: str, adapter: StyleAdapter, base: Any) -> None:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({error})") from error
     require_same(state, adapter.state_dict(), f"{folder / WEIGHTS} does not have the weights its {CONFIG} promises")
     adapter.load_state_dict(state)
-    first = next(base.unet.parameters())
-    if first.device.type != "meta" and config.get("base_fingerprint") != fingerprint(base.unet):
+    if next(base.unet.parameters()).device.type == "meta":
+        return
+    if config.get("image_encoder_fingerprint") not in (None, image_fingerprint(base.image_encoder)):
+        raise UserError(
+            f"{path}: the adapter was trained to read another image encoder than this one (model.image_encoder; by "
+            f"default image_encoder/ in {base.path!r}), whose tokens mean nothing to it"
+        )
+    if config.get("base_fingerprint") != fingerprint(base.unet):
         log.warning(
             "%s: the adapter was trained for other weights than those of %r (for %r); styles may be off",
             *(path, base.path, config.get("base")),
@@ -116,6 +126,15 @@ def fingerprint(unet: nn.Module) -> str:
     digest = hashlib.sha256()
     for attention in cross_attentions(unet).values():
         digest.update(attention.to_k.weight.detach().half().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def image_fingerprint(encoder: nn.Module) -> str:
+    """16 hex digits of the first and the last weights of a CLIP vision model that a picture meets."""
+    tower = encoder.vision_model
+    digest = hashlib.sha256()
+    for weight in (tower.embeddings.patch_embedding.weight, tower.encoder.layers[-1].mlp.fc2.weight):
+        digest.update(weight.detach().half().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_gen.diffusion.image_prompt import encode_image
+from lit_gen.diffusion.image_prompt import encode_image, resized
 
 Pictures = Tensor | Sequence[Tensor]
 
@@ -41,14 +41,18 @@ def read(encoder: nn.Module, processor: Any, pictures: Pictures, layer: int) -> 
     Args:
         encoder, processor, layer: as of `encode_image`.
         pictures: B 3 h w in [-1, 1]; B N 3 h w, N references each; or for each sample its own N 3 h w, where N may
-            differ and may be 0.
+            differ and may be 0, as may h and w.
     """
     if isinstance(pictures, Tensor) and pictures.ndim == 4:
         pictures = pictures[:, None]
     if isinstance(pictures, Tensor):
         counts, images = [pictures.shape[1]] * len(pictures), pictures.flatten(0, 1)
     else:
-        counts, images = [len(own) for own in pictures], torch.cat(list(pictures))
+        counts, side = [len(own) for own in pictures], encoder.config.image_size
+        images = torch.cat([resized(own, side) for own in pictures if len(own)] or [torch.empty(0)])
+    if not any(counts):  # any token will do where none is looked at
+        none = torch.zeros(len(counts), 1, encoder.config.hidden_size, device=encoder.device)
+        return References(none, given=torch.zeros(len(counts), dtype=torch.bool, device=encoder.device))
     tokens = encode_image(encoder, processor, images, layer)  # of all, one after the other: sum(N) T W
     given = None if all(counts) else torch.tensor([count > 0 for count in counts], device=tokens.device)
     if len(set(counts)) == 1:

@@ -16,7 +16,7 @@ from lit_gen.callbacks.samples import contact_sheet
 from lit_gen.data.images import read_picture
 from lit_gen.errors import UserError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TOGETHER = ";"  # between the pictures of one style
 ROWS = 12  # styles on a contact sheet
 COLUMNS = ("prompt", "style")

@@ -21,10 +21,10 @@ class Sampling:
     """How pictures and clips are drawn.
 
     Args:
-        steps: DDIM steps.
-        eta: 0 deterministic, 1 as noisy as DDPM.
-        text_scale: guidance towards the prompt, l_t of Eq. 2.
-        style_scale: guidance towards the style, l_s of Eq. 2.
+        steps: DDIM steps; 50 in the released code.
+        eta: 0 deterministic, 1 as noisy as DDPM and the released code.
+        text_scale: guidance towards the prompt, l_t of Eq. 2; the paper's 7.5 is of pictures, 15 of clips.
+        style_scale: guidance towards the style, l_s of Eq. 2; the paper's 5 is of pictures, 7.5 of clips.
         guidance: "paper" is Eq. 2; "released" is what the released video sampler computes, which starts from
             e(c_t, c_s) instead of e(0) and so acts as Eq. 2 with 1 more in both scales.
         size: height and width in pixels; by default the base's own (VideoCrafter1's clips: [320, 512]).

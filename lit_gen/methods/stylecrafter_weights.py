@@ -7,6 +7,8 @@ block last; here both are in the order of execution, so the queries of its scale
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,12 @@ from torch import Tensor
 from lit_gen.diffusion.attention import cross_attentions
 from lit_gen.diffusion.image_prompt import ProjectedScalePredictor
 from lit_gen.diffusion.original_layout import original_name, read_weights, require_same, temporal_name
-from lit_gen.diffusion.style_adapter import StyleAdapter
+from lit_gen.diffusion.style_adapter import SDXL, VIDEOCRAFTER, Adapter, StyleAdapter
 from lit_gen.diffusion.videocrafter import TemporalLayers
 from lit_gen.errors import UserError
 
+log = logging.getLogger(__name__)
+RELEASED_WIDTH = 1280  # of the image tokens, those of CLIP ViT-H/14
 SCALE_QUERIES = "predictor.transformer.queries"
 # Ours to theirs; the first that fits the beginning of a name.
 _VIDEOCRAFTER = (
@@ -43,6 +47,54 @@ _SDXL = (
     ("predictor.", "scale_predictor."),
 )
 _BLOCK = {".blocks.": ".transformer_blocks.resblocks.", ".mlp.0.": ".mlp.c_fc.", ".mlp.2.": ".mlp.c_proj."}
+
+
+def released_size(state: Mapping[str, Any], given: Adapter, what: str = "adapter") -> Adapter:
+    """The size of released weights: what shapes tell comes from them, the rest is known of each variant.
+
+    Of weights for an image encoder of another width than the released ones, which `export` can write, the heads and the
+    encoder's layer are those of `given`.
+
+    Args:
+        state: weights by their released names, or anything with a `shape` in their place.
+        given: settings; those that are the defaults count as not made.
+        what: the weights are, for messages.
+
+    Raises:
+        UserError: the settings contradict the weights.
+    """
+    sdxl = "image_context_model.query_emb" in state
+    kind, variant = ("StyleCrafter-SDXL", SDXL) if sdxl else ("VideoCrafter1", VIDEOCRAFTER)
+    predictor = "scale_predictor.scale_predictor." if sdxl else "scale_predictor."
+    try:
+        _, tokens, width = state[f"image_context_model.{'query' if sdxl else 'style'}_emb"].shape
+        inner = state["scale_predictor.text_proj.weight"].shape[0] if sdxl else None
+    except (KeyError, ValueError, AttributeError):
+        return given  # whatever is wrong with them is said when they are loaded
+    known: dict[str, Any] = {
+        "tokens": tokens,
+        "extractor_layers": _blocks(state, "image_context_model."),
+        "predictor_layers": _blocks(state, predictor),
+        "predictor_width": inner,
+        "fixed_scale": None,
+        "fusion": "dual",
+    }
+    if width == RELEASED_WIDTH:
+        known |= {name: getattr(variant, name) for name in ("heads", "predictor_heads", "image_layer")}
+    fine = {name: (getattr(Adapter(), name), value) for name, value in known.items()}
+    if known.get("predictor_heads", ...) is None:  # as many as `heads`
+        fine["predictor_heads"] += (known["heads"],)
+    if wrong := [name for name, values in fine.items() if getattr(given, name) not in values]:
+        told = ", ".join(f"{n} {known[n]} (model.adapter.{n} is {getattr(given, n)})" for n in wrong)
+        raise UserError(f"{what}: an adapter for {kind} has {told}; leave these settings out, or make them so")
+    if changed := [f"{name} {value}" for name, value in known.items() if getattr(given, name) != value]:
+        log.warning("%s: an adapter for %s; model.adapter now has %s", what, kind, ", ".join(changed))
+    return dataclasses.replace(given, **known)
+
+
+def _blocks(state: Mapping[str, Any], prefix: str) -> int:
+    prefix += "transformer_blocks.resblocks."
+    return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
 
 
 def official_adapter(adapter: StyleAdapter, unet: UNet2DConditionModel) -> dict[str, Tensor]:

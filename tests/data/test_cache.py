@@ -217,7 +217,7 @@ def test_a_stale_cache_is_an_error_that_says_what_changed(lit_gen, place, capsys
     assert "dtype: float16 -> float32" in refused(lit_gen, capsys, "--data.cached", "float32")
     error = refused(lit_gen, capsys, *half, "--data.size", "32")
     assert "size: 64 -> 32" in error and "weights" not in error
-    assert "strip_style: True -> False" in refused(lit_gen, capsys, *half, "--data.strip_style", "false")
+    assert "strip_style: careful -> none" in refused(lit_gen, capsys, *half, "--data.strip_style", "false")
     # what does not reach the encoders does not matter
     assert lit_gen("fit", "-c", EXPERIMENT, *ADAPTER, *QUICK, *half, "--data.zoom", "1.2", "--data.seed", "5") == 0
 

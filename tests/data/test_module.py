@@ -1,15 +1,18 @@
 import json
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from shard_sets import image_set, picture, video_set
 
 from lit_gen.data.decode import encode_image
+from lit_gen.data.images import centre_crop
 from lit_gen.data.module import Images, ImagesAndVideos, StyledImages, Videos
 from lit_gen.data.shards import write_index, write_tar
 from lit_gen.data.styled import strip_style
-from lit_gen.errors import ShardError
+from lit_gen.errors import ShardError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,18 @@ def test_videos_give_consecutive_frames_from_a_place_that_is_reproducible(tmp_pa
         next(iter(Videos(train=source, frames=9).train_dataloader()))
 
 
+def test_frames_are_cropped_to_a_rectangle_and_cover_it(tmp_path):
+    source = str(video_set(tmp_path / "clips"))
+    batch = next(iter(Videos(train=source, batch_size=6, size=(10, 24)).train_dataloader()))
+    assert batch["video"].shape == (6, 8, 3, 10, 24) and frame_numbers(batch) == [list(range(8))] * 6
+    assert Videos(size=(10, 24)).preprocessing() == {"size": [10, 24]} and Videos(size=4).preprocessing() == {"size": 4}
+    rows = Image.fromarray(np.arange(16, dtype=np.uint8)[:, None].repeat(16, 1) * 16)
+    cut = np.asarray(centre_crop(rows, (8, 16)))
+    assert np.array_equal(cut, np.asarray(rows)[4:12])  # the middle, and nothing stretched
+    with pytest.raises(UserError, match="`size` must be at least 1, not 0"):
+        Videos(size=(0, 24))
+
+
 def test_a_video_that_lost_frames_is_replaced(tmp_path):
     source = video_set(tmp_path / "clips", lost={2: 5})
     index = json.loads((source / "index.json").read_text())
@@ -167,6 +182,34 @@ def test_the_ablation_without_decoupling_shows_the_target_itself(gradients):
 )
 def test_words_of_the_medium_are_stripped(caption, stripped):
     assert strip_style(caption) == stripped
+    assert strip_style(caption, "paper") == stripped and strip_style(caption, "none") == caption
+
+
+@pytest.mark.parametrize(
+    "caption, careful, paper",
+    [
+        ("a very detailed and quite colorful oil painting of a dog", "a dog", "a dog"),
+        ("a dog in a very old and faded photograph", "a dog", "a dog"),
+        ("a very old, cracked, faded mural of two men", "two men", "two men"),
+        ("a dog in the picture", "a dog", "a dog"),
+        ("a room with a view of the sea", "a room with a view of the sea", "the sea"),
+        ("a man holding a drawing of a cat", "a man holding a drawing of a cat", "a cat"),
+        ("a girl in a red hat painting a wall", "a girl in a red hat painting a wall", "a girl a wall"),
+        ("a dog in a park next to a mural", "a dog in a park next to a mural", "a dog"),
+        ("illustration - a castle", "a castle", "illustration - a castle"),
+    ],
+)
+def test_the_papers_rules_take_content_that_careful_ones_leave(caption, careful, paper):
+    assert strip_style(caption) == careful
+    assert strip_style(caption, "paper") == paper
+
+
+@pytest.mark.parametrize("setting, rules", [(True, "careful"), (False, "none"), ("paper", "paper")])
+def test_rules_are_a_word_or_whether_any(gradients, setting, rules):
+    data = StyledImages(train=gradients, strip_style=setting)
+    assert data.preprocessing()["strip_style"] == rules
+    caption = next(iter(data.train_dataloader()))["caption"][0]
+    assert caption == ("a painting of a red ball" if rules == "none" else "a red ball")
 
 
 def test_images_and_videos_come_mixed(folder, tmp_path):

@@ -285,7 +285,9 @@ def test_every_test_sample_is_scored_by_itself(tiny_base, tmp_path, oracle, stag
     if clips:
         flicker = sum(found["flicker of clips"].values()) / 4
         assert means["clips/flicker"] == pytest.approx(flicker, rel=1e-4)
-        assert {"flicker, times real of clips", "motion accuracy of clips", "style drift of clips"} <= found.keys()
+        real = sum(found["flicker of real clips"].values()) / 4
+        assert means["clips/flicker, times real"] == pytest.approx(flicker / real, rel=1e-4)  # of means, not of clips
+        assert {"motion accuracy of clips", "style drift of clips"} <= found.keys()
     else:
         words = found["style error, base with style words"]
         assert means["base with style words/style error"] == pytest.approx(sum(words.values()) / 4, abs=1e-5)

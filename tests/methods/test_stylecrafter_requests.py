@@ -3,15 +3,17 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from lit_gen.data.images import read_picture, to_tensor
 from lit_gen.diffusion.style_adapter import Adapter
 from lit_gen.errors import UserError
 from lit_gen.methods.stylecrafter import StyleCrafter
-from lit_gen.methods.stylecrafter_requests import mosaic, read_requests, sheets
+from lit_gen.methods.stylecrafter_requests import find_styles, mosaic, read_requests, sheets
 
 SIZE = Adapter(tokens=3, extractor_layers=1, predictor_layers=1, heads=2)
 
@@ -76,6 +78,38 @@ def test_tables_with_mistakes_are_one_line(gallery, table, message):
     with pytest.raises(UserError, match=message) as caught:
         read_requests([], [], "pairs.csv", 64)
     assert "\n" not in str(caught.value)
+
+
+def test_references_are_read_as_the_pictures_of_sets_are(gallery):
+    upright = Image.new("RGB", (64, 64), "white")
+    upright.paste("red", (0, 0, 64, 32))
+    turned = Image.Exif()
+    turned[0x0112] = 3  # upside down
+    folder = gallery / "kinds"
+    folder.mkdir()
+    upright.rotate(180).save(folder / "exif.jpg", exif=turned, quality=95, subsampling=0)
+    for suffix in ("bmp", "gif", "tiff"):
+        upright.save(folder / f"plain.{suffix}")
+    grey = np.full((64, 64), 65535, np.uint16)
+    grey[:32] = 20000
+    Image.fromarray(grey).save(folder / "grey.png")
+    see_through = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    see_through.paste((255, 0, 0, 255), (0, 0, 64, 32))
+    see_through.save(folder / "transparent.png")
+    found = {files[0].name: read_picture(files[0], 64) for files in find_styles([str(folder)])}
+    assert found.keys() == {"exif.jpg", "plain.bmp", "plain.gif", "plain.tiff", "grey.png", "transparent.png"}
+    expected = to_tensor(upright)
+    for name, picture in found.items():
+        if name == "grey.png":
+            assert picture[:, :32].max() == pytest.approx((20000 >> 8) / 127.5 - 1) and picture[:, 32:].min() == 1
+        else:
+            torch.testing.assert_close(picture, expected, atol=0.1 if name == "exif.jpg" else 0.01, rtol=0)
+
+
+def test_a_huge_picture_is_one_line(gallery, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match="a/one.png' has more than 2,000 pixels"):
+        read_requests(["a ball"], ["a/one.png"], None, 64)
 
 
 def test_other_mistakes_are_one_line(gallery, tiny_base):

@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lit_gen.diffusion.base import load_base
+from lit_gen.diffusion.compile import Compile
 from lit_gen.diffusion.style_adapter import Adapter
 from lit_gen.diffusion.temporal import motion_modules
 from lit_gen.diffusion.videocrafter import TemporalLayers
@@ -78,6 +79,18 @@ def test_samples_without_reference_or_masked_are_the_plain_base(model, tiny_base
 
 
 @torch.no_grad()
+def test_without_any_reference_all_are_the_plain_base_and_sizes_may_differ(model):
+    x, t, text = torch.randn(2, 8, 16, 16), torch.tensor([10, 500]), model.text(PROMPTS[:2])
+    plain = model.network(x, t, text, None)
+    for none in (pictures(2, 0), [pictures(0), pictures(0)[..., :9]]):
+        assert torch.equal(model.network(x, t, text, model.style(none, text)), plain)
+    large = torch.rand(2, 3, 90, 120) * 2 - 1
+    mixed = model.style([pictures(1), large], text)
+    alone = model.style(large[None], model.text(PROMPTS[1:2]))
+    torch.testing.assert_close(mixed.tokens[1], alone.tokens[0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("scales", [(7.5, 5.0), (6.0, 6.0)], ids=["two scales", "joint"])
 def test_guidance_of_the_paper_and_of_the_released_code(model, scales):
     x, t = torch.randn(2, 8, 16, 16), torch.tensor([40, 700])
@@ -119,95 +132,22 @@ def test_other_sizes_are_drawn_and_odd_ones_refused(tiny_base):
         method(tiny_base, image_sampling=Sampling(size=(41, 64)))
 
 
-# -- the paper's ablations --------------------------------------------------------------------------------------------
+def test_clips_longer_than_the_motion_adapter_knows_are_one_line(tiny_base):
+    with pytest.raises(UserError, match="model.frames is 40, but the motion adapter has positions for 32 frames"):
+        method(tiny_base, "temporal", frames=40)
+    with pytest.raises(UserError, match="`frames` must be at least 1, not 0"):
+        method(tiny_base, "temporal", frames=0)
+    batch = {"posterior": torch.zeros(1, 40, 2, 8, 2, 2), "text_states": torch.zeros(1, 9, 32), "caption": ["a ball"]}
+    with pytest.raises(UserError, match="clips have 40, but"):
+        method(tiny_base, "temporal").loss(batch | {"video": torch.zeros(1, 40, 3, 8, 8)})
 
 
-def test_appended_tokens_train_the_extractor_alone_and_switch_off_exactly(tiny_base):
-    model = method(tiny_base, adapter=Adapter(3, 1, 1, 2, fusion="appended"))
-    assert {n.split(".")[1] for n in model.state_dict()} == {"extractor"}
-    x, t, text = torch.randn(2, 8, 16, 16), torch.tensor([10, 500]), model.text(PROMPTS[:2])
-    style = model.style(pictures(2), text, torch.tensor([0, 1]))
-    with torch.no_grad():
-        out, plain = model.network(x, t, text, style), model.network(x, t, text, None)
-        # the same as a longer text
-        longer = torch.cat([text.states, style.tokens], dim=1)
-        appended = model.base.unet(x, t, longer).sample
-    assert torch.equal(out[0], plain[0])
-    torch.testing.assert_close(out[1], appended[1], atol=1e-4, rtol=1e-4)
-    batch = {"image": pictures(2), "style": pictures(2, seed=1), "caption": PROMPTS[:2]}
-    model.loss(batch).mean().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.trainable_parameters())
-
-
-def test_a_fixed_scale_is_the_same_for_every_style(tiny_base):
-    model = method(tiny_base, adapter=Adapter(3, 1, 1, 2, fixed_scale=0.7), style_weight=0.5)
-    style = model.style(pictures(2), model.text(PROMPTS[:2]))
-    assert torch.equal(style.scale, torch.full((2, len(model.adapter.layers)), 0.35))
-    assert not any("predictor" in name for name in model.state_dict())
-
-
-def test_without_decoupling_the_reference_is_the_target(tiny_base):
-    model, batch = method(tiny_base, decoupled=False), {"image": pictures(2), "caption": PROMPTS[:2]}
-    assert model.references(batch | {"style": pictures(2, seed=1)}) is batch["image"]
-    assert method(tiny_base).references(batch | {"style": batch["image"][:1]}).shape[0] == 1
-    with pytest.raises(UserError, match="decoupled"):
-        model.references({"style": batch["image"], "caption": PROMPTS[:2]})
-
-
-def test_joint_training_reaches_adapter_and_motion_modules_with_a_rate_each(tiny_base):
-    model = method(tiny_base, "joint", temporal_lr=1e-5).train()
-    for batch in (
-        {"image": pictures(2), "style": pictures(2, seed=1), "caption": PROMPTS[:2]},
-        {"video": pictures(2, 3), "caption": PROMPTS[:2]},
-    ):
-        model.zero_grad()
-        model.loss(batch).mean().backward()
-        assert all(p.grad is not None for p in model.trainable_parameters())
-    adapter, temporal = model.parameter_groups()
-    assert temporal["lr"] == 1e-5 and "lr" not in adapter
-    ids = [id(p) for group in (adapter, temporal) for p in group["params"]]
-    assert sorted(ids) == sorted(id(p) for p in model.trainable_parameters())
-    names = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {n.split(".")[0] for n in names} == {"adapter", "motion_unet"}
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@torch.no_grad()
-def test_pictures_have_the_error_of_the_clean_latent_and_clips_the_plain_one(tiny_base, monkeypatch, prediction):
-    ours = method(tiny_base, "joint", timestep_bias=3.0, error_of="clean")
-    plain = method(tiny_base, "joint")
-    for model in (ours, plain):
-        model.schedule.prediction = prediction
-    seen = {}
-    network, posterior = ours.network, ours.base.draw
-
-    def watched(noisy, t, *rest):
-        seen.update(noisy=noisy, t=t, output=network(noisy, t, *rest))
-        return seen["output"]
-
-    def drawn(encoded):
-        seen["clean"] = posterior(encoded)
-        return seen["clean"]
-
-    monkeypatch.setattr(ours, "network", watched)
-    monkeypatch.setattr(ours.base, "draw", drawn)
-
-    def losses(batch):
-        found = []
-        for model in (ours, plain):
-            torch.manual_seed(4)
-            found.append(model.loss(batch))
-        return found
-
-    clips, pictured = {"video": pictures(2, 3), "caption": PROMPTS[:2]}, {"caption": PROMPTS[:2]}
-    assert torch.equal(*losses(clips))
-    biased, uniform = losses(pictured | {"image": pictures(2), "style": pictures(2, seed=1)})
-    clean, _ = ours.schedule.split(seen["output"], seen["noisy"], seen["t"])
-    literal = (clean - seen["clean"][:, None]).square().flatten(1).mean(1)
-    abar = ours.schedule.alphas_cumprod[seen["t"]]
-    bound = 1 / (1 + 0.005 * (1 - abar) / abar) if prediction == "epsilon" else 1.0
-    torch.testing.assert_close(biased, literal * bound, rtol=1e-3, atol=1e-5)
-    assert not torch.allclose(biased, uniform)
+def test_blocks_of_videocrafter_are_not_compiled_alone(sd2_base, tmp_path):
+    layers = TemporalLayers.for_unet(load_base(str(sd2_base), parts=("unet",)).unet)
+    layers.save_pretrained(tmp_path)
+    model = method(sd2_base, "temporal", motion=str(tmp_path), compile=Compile(blocks=True))
+    with pytest.raises(UserError, match="compile.blocks: VideoUNet"):
+        model.configure_model()
 
 
 # -- bases and weights ------------------------------------------------------------------------------------------------
@@ -386,8 +326,17 @@ def test_weights_of_another_base_are_one_line(tiny_base, sd2_base, tmp_path, cap
         with pytest.raises(UserError, match=expected) as caught:
             method(sd2_base, adapter_weights=str(weights))
         assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="model.motion .here. and .*--model.motion null"):
+        method(sd2_base, "temporal", motion="here", temporal_weights="temporal_v1.pth")
     with pytest.raises(UserError, match="of no use in stage"):
         method(tiny_base, temporal_weights="temporal_v1.pth")
+    encoder = tmp_path / "encoder"
+    shutil.copytree(tiny_base / "image_encoder", encoder)
+    weights = load_file(encoder / "model.safetensors")
+    save_file({name: weight + 0.1 for name, weight in weights.items()}, encoder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="trained to read another image encoder") as caught:
+        method(tiny_base, adapter_weights=str(tmp_path), image_encoder=str(encoder))
+    assert "\n" not in str(caught.value)
     # another base of the same shape is only told of
     config = json.loads((tmp_path / "adapter" / "config.json").read_text())
     (tmp_path / "adapter" / "config.json").write_text(json.dumps(config | {"base_fingerprint": "0" * 16}))
