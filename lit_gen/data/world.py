@@ -126,6 +126,8 @@ class RenderedWorld(L.LightningDataModule):
         twins: whether batches also hold "twin_tokens" (B L), the same captions wrong in one fact.
         masks: whether batches hold the instance mask "instance" (B H W, 0 the background).
         workers: processes that write captions; 0 writes them in the training process.
+        held_out: share of the training pool from split "test", whose combinations and styles nothing else is trained
+            on: for a judge, who has to know them.
     """
 
     def __init__(
@@ -145,15 +147,18 @@ class RenderedWorld(L.LightningDataModule):
         twins: bool = False,
         masks: bool = False,
         workers: int = 8,
+        held_out: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= held_out <= 1:
+            raise UserError(f"held_out is a share of the pool, 0 to 1, not {held_out}")
         at_least(1, batch_size=batch_size, val_batch_size=val_batch_size, pool=pool, val_pool=val_pool)
         at_least(0, workers=workers)
         self.recipes, self.pool_size, self.batch_size = recipes, pool, batch_size
         self.val_pool_size, self.val_batch_size = val_pool, val_batch_size
         self.seed, self.size, self.frames, self.caption_count = seed, size, frames, captions
         self.tokenizer, self.autoencoder, self.masks, self.workers = tokenizer, autoencoder, masks, workers
-        self.clip, self.twins = clip, twins
+        self.clip, self.twins, self.held_out = clip, twins, held_out
         self.train_pool: Pool | None = None
         self.val_pool: Pool | None = None
 
@@ -193,7 +198,7 @@ class RenderedWorld(L.LightningDataModule):
         return {**found, "scenes": pool.scenes[rows]}
 
     def _fill(self, split: str, size: int, rank: int, world: int, device: torch.device) -> Pool:
-        jobs = self._jobs(size, rank, world)
+        jobs = self._jobs(split, size, rank, world)
         train = split == "train"
         keep_images = not (train and self.autoencoder)
         encoder = _load_autoencoder(self.autoencoder, device) if self.autoencoder else None
@@ -203,13 +208,13 @@ class RenderedWorld(L.LightningDataModule):
         # captions are written by other processes while this one renders
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(max(self.workers, 1), context, initializer=die_with_parent) as processes:
-            rest = (split, self.seed, self.caption_count, self.tokenizer, self.twins)
+            rest = (self.seed, self.caption_count, self.tokenizer, self.twins)
             written = []
             if self.caption_count and self.workers:
                 written = [processes.submit(write_captions, *job, *rest) for job in jobs]
             progress = tqdm(total=size // world, desc=f"rendering {split} scenes", unit=" scenes", disable=rank > 0)
-            for recipe, chunk in jobs:
-                part, pictures = self._render(recipe, split, chunk.to(device), encoder, clip, keep_images)
+            for recipe, chunk, source in jobs:
+                part, pictures = self._render(recipe, source, chunk.to(device), encoder, clip, keep_images)
                 scenes.append(part)
                 for name, tensor in pictures.items():
                     columns.setdefault(name, []).append(tensor)
@@ -225,15 +230,18 @@ class RenderedWorld(L.LightningDataModule):
             pool.captions = [texts for chunk, _ in results for texts in chunk]
         return pool
 
-    def _jobs(self, size: int, rank: int, world: int) -> list[tuple[str, Tensor]]:
-        """Chunks of one recipe each of this rank's share; the recipes divide the pool's range of indices among them."""
+    def _jobs(self, split: str, size: int, rank: int, world: int) -> list[tuple[str, Tensor, str]]:
+        """Chunks (recipe, indices, split) of this rank's share; the recipes divide the pool's range of indices."""
         total, size = sum(self.recipes.values()), size // world * world
         counts = [int(size * share / total) for share in self.recipes.values()]
         counts[0] += size - sum(counts)
         ranges = zip(self.recipes, torch.arange(size).split(counts), strict=True)
-        parts = [(recipe, index[index % world == rank]) for recipe, index in ranges]
-        size = max(_CHUNK // self.frames, 1)
-        return [(recipe, chunk) for recipe, part in parts for chunk in part.split(size) if len(chunk)]
+        size, jobs = max(_CHUNK // self.frames, 1), []
+        for recipe, index in ranges:
+            kept = len(index) - (round(self.held_out * len(index)) if split == "train" else 0)
+            for part, source in ((index[:kept], split), (index[kept:], "test")):
+                jobs += [(recipe, c, source) for c in part[part % world == rank].split(size) if len(c)]
+        return jobs
 
     @torch.no_grad()
     def _render(

@@ -18,14 +18,17 @@ from lit_gen.metrics.agreement import compare
 from lit_gen.metrics.objects import SubjectSimilarity, mask_iou
 from lit_gen.metrics.oracle import Oracle
 from lit_gen.metrics.reading import decode
-from lit_gen.metrics.supervision import Targets, arrange, match, targets
+from lit_gen.metrics.supervision import Targets, arrange, match, size_shows, targets
 from lit_gen.metrics.video import MotionAccuracy
+from lit_gen.world.motion import animate
 from lit_gen.world.render import render, render_video
 from lit_gen.world.sampling import sample
 from lit_gen.world.scene import Scenes
 from lit_gen.world.styles import style_error
+from lit_gen.world.vocabulary import PATTERNS
 
 LEGIBLE = 60  # visible pixels (of 64 x 64) from which an object's attributes are expected to be read
+CONTRAST = 0.05  # root mean square difference, of colours 0..1, from which two patterns are expected to be told apart
 Found = dict[str, tuple[Tensor, Tensor]]  # name -> total and number of cases
 
 
@@ -34,20 +37,21 @@ def judge(oracle: Oracle, images: Tensor, scenes: Scenes, instance: Tensor) -> F
     """Answers on renders (B 3 64 64 in [-1, 1]), slots paired with objects by their true masks (B 64 64).
 
     Shares right for the attributes of `compare`, and size, floor, special; errors for style, facing and elevation
-    (degrees), box (pixels); iou of masks.
+    (degrees), box (pixels); iou of masks. A pattern or size counts where the picture tells it.
     """
     out = oracle.look(images)
     truth, reading = targets(scenes, instance), decode(out)
     order = match(out, truth)
     legible = truth.mask.sum((2, 3)) >= LEGIBLE
     agreement = compare(reading, scenes, order, legible)
+    agreement.counted["pattern"] &= pattern_tells(scenes, images, truth.mask)
     found = {n: ((agreement.right[n] & c).sum(), c.sum()) for n, c in agreement.counted.items()}
 
     def add(name: str, value: Tensor, counted: Tensor) -> None:
         found[name] = ((value * counted).sum(), counted.sum())
 
     plain = ~scenes.normals
-    add("size", arrange(reading.size, order) == scenes.size, legible & (scenes.kind >= 0))
+    add("size", arrange(reading.size, order) == scenes.size, legible & size_shows(scenes))
     add("special", arrange(reading.special, order) == (scenes.subject >= 0), legible & plain[:, None])
     add("floor", reading.floor == scenes.floor, plain & (scenes.style == 0))
     add("style_error", style_error(reading.style_parameters, scenes.style_parameters), plain)
@@ -56,6 +60,21 @@ def judge(oracle: Oracle, images: Tensor, scenes: Scenes, instance: Tensor) -> F
     add("box_error", 64 * (arrange(reading.box, order) - truth.box).abs().mean(-1), legible)
     add("iou", mask_iou(reading, instance), legible)
     return found
+
+
+def pattern_tells(scenes: Scenes, images: Tensor, mask: Tensor) -> Tensor:
+    """Objects (B K bool) whose part of the picture (mask B K H W) every other pattern would change visibly.
+
+    The same scenes are rendered with each of the other patterns: a style may leave nothing of them, and an object that
+    is small or seen from above may show one check. images: the B renders, 3 H W in [-1, 1].
+    """
+    least = torch.full_like(scenes.radius, math.inf)
+    for turn in range(1, len(PATTERNS)):
+        other = torch.where(scenes.pattern >= 0, (scenes.pattern + turn) % len(PATTERNS), scenes.pattern)
+        changed = animate(scenes.replace(pattern=other), torch.zeros(1))  # as it begins, if it moves
+        squares = ((render(changed, images.shape[-1]).rgb * 2 - 1 - images) / 2).square().mean(1, keepdim=True)
+        least = torch.minimum(least, (squares * mask).sum((2, 3)) / mask.sum((2, 3)).clamp(min=1))
+    return least.sqrt() >= CONTRAST
 
 
 def _degrees(angle: Tensor) -> Tensor:

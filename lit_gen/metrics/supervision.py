@@ -116,6 +116,15 @@ def pattern_shows(scenes: Scenes) -> Tensor:
     return (drawn & ~scenes.normals)[:, None] & (scenes.subject < 0) & (scenes.kind >= 0)
 
 
+def size_shows(scenes: Scenes) -> Tensor:
+    """B K bool: the size's name can be told from the picture: next to an object of another size, or in how much of the
+    picture a lone still object takes (as captions have it); else the camera is as far away as the objects need."""
+    there = scenes.kind >= 0
+    count, large = there.sum(1), (scenes.size == 1).sum(1)
+    differ = (large > 0) & (large < count)
+    return there & (differ | ((count == 1) & (scenes.motion < 0)))[:, None]
+
+
 def boxes(mask: Tensor) -> Tensor:
     """Centre and size of masks (... H W float 0 or 1) as fractions of the picture: ... 4."""
     parts = []
@@ -167,7 +176,7 @@ def targets(scenes: Scenes, instance: Tensor) -> Targets:
         kind=scenes.kind.where(legible, absent),
         colour=scenes.colour.where(legible & coloured, absent),
         pattern=scenes.pattern.where(legible & plain[:, None] & ~special, absent),
-        size=scenes.size.where(legible, absent),
+        size=scenes.size.where(legible & size_shows(scenes), absent),
         marked=scenes.marked,
         mark_shows=legible & plain[:, None] & ~(scenes.marked & (angle.cos() < -0.2)),
         special=special,
