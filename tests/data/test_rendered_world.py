@@ -7,7 +7,9 @@ import torch
 
 from lit_gen.data.captions import write_captions
 from lit_gen.data.world import Draws, RenderedWorld
+from lit_gen.errors import UserError
 from lit_gen.metrics.clip import CLIPEncoders
+from lit_gen.world.combinations import is_held_out
 from lit_gen.world.render import render
 from lit_gen.world.sampling import sample
 
@@ -62,6 +64,18 @@ def test_ranks_render_disjoint_shares_of_one_pool() -> None:
     assert whole.tensors["image"].shape == (8, 3, 64, 64) and whole.tensors["instance"].shape == (8, 64, 64)
     again = module._fill("train", 8, 0, 1, device)
     assert torch.equal(whole.tensors["image"], again.tensors["image"])
+
+
+def test_a_share_of_the_training_pool_is_held_out_elsewhere() -> None:
+    module = RenderedWorld(recipes={"pairs": 0.5, "styled": 0.5}, captions=1, workers=0, seed=3, held_out=0.25)
+    device = torch.device("cpu")
+    found = module._fill("train", 16, 0, 1, device).scenes
+    assert is_held_out(found)[:, 0].tolist() == 2 * ([False] * 6 + [True] * 2)
+    assert not is_held_out(module._fill("val", 16, 0, 1, device).scenes).any()
+    halves = [module._fill("train", 16, rank, 2, device).scenes.index.tolist() for rank in (0, 1)]
+    assert sorted(sum(halves, [])) == [*range(16)]
+    with pytest.raises(UserError, match="held_out is a share of the pool"):
+        RenderedWorld(held_out=30)
 
 
 def test_pictures_of_moving_scenes_are_first_frames() -> None:
