@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -34,6 +35,8 @@ options, besides those of fit:
                         the efficiency of the others is told against the first
   --bare                after each round do the same work in a bare loop, and tell what `fit` costs over it;
                         among the words of an arm, of that arm only
+  --trace               trace two more steps: a table of what they spend their time on, and OUT/traces/ARM.json.gz for
+                        https://ui.perfetto.dev; among the words of an arm, of that arm only
   --baseline FILE       compare with an earlier bench.json; exit status 1 if an arm is slower
   --tolerance X         by more than this share (default 0.05)
   --out DIR             where bench.json and bench.md go (default: runs/bench/EXPERIMENT)
@@ -42,7 +45,9 @@ options, besides those of fit:
                         parts share --out
 """
 
-WINDOW, RESULT = "window.json", "bench.json"  # in a run folder: what to measure, and what was found
+WINDOW, RESULT, TRACE = "window.json", "bench.json", "trace.json.gz"  # in a run folder: what to measure, what was found
+TRACED = 3  # steps after the window that are traced, where that is asked for
+FLAGS = ("bare", "trace")  # words without a value that an arm may have for itself
 
 # A window is neither validated nor limited by anything but its steps, and weights do not change its speed.
 FIXED: list[Override] = [
@@ -73,6 +78,9 @@ class Part:
         """Where its result lies, so that other tasks, and the same command again, find it."""
         return out / "rows" / f"{slug(self.name)}.json"
 
+    def traced(self, out: Path) -> Path:
+        return out / "traces" / f"{slug(self.name)}.json.gz"
+
 
 @dataclass
 class Options:
@@ -86,11 +94,13 @@ class Options:
     out: str = ""
     task: str = ""
     bare: bool = False
+    trace: bool = False
 
 
 def main(argv: list[str]) -> int:
     """Measure, print and store; returns 1 if the baseline was faster, and the status of an arm that failed."""
-    files, given, overrides = cli.parse([word for word in argv if word not in ("--bare", "--continue")])
+    flags = {flag: f"--{flag}" in argv for flag in FLAGS}
+    files, given, overrides = cli.parse([w for w in argv if w not in ("--continue", *(f"--{flag}" for flag in FLAGS))])
     if given.get("help"):
         print(USAGE)
         return 0
@@ -98,7 +108,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"bench has no option --{min(wrong)} (`python -m lit_gen bench --help` names its own)")
     if not files:
         raise UserError("bench needs an experiment: -c FILE (`python -m lit_gen list` names those here)")
-    options, arms, overrides = _options(overrides, "--bare" in argv)
+    options, arms, overrides = _options(overrides, flags)
     baseline = _read(Path(options.baseline)) if options.baseline else None
     stage = given.get("stage")
     failed = 0
@@ -124,13 +134,17 @@ def main(argv: list[str]) -> int:
                 failed = failed or code or 1
                 continue
             row = {"arm": part.arm, "stage": part.stage} | json.loads((part.run.folder / RESULT).read_text())
+            if (traced := part.run.folder / TRACE).is_file():
+                row["trace"]["file"] = str(part.traced(out))
+                part.traced(out).parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(traced, part.traced(out))
             part.kept(out).parent.mkdir(parents=True, exist_ok=True)
             write_whole(part.kept(out), json.dumps({"request": part.request, "row": row}, indent=1))
             store(out, {"experiment": name, "argv": argv, "rows": _rows(plan, out)})
     rows = _rows(plan, out)
     if not rows:
         return failed or 1
-    print(f"\n{table(rows)}\n\nstored in {out}/bench.json and bench.md")
+    print(f"\n{report(rows)}\n\nstored in {out}/bench.json and bench.md")
     slower = compare(rows, baseline, options.tolerance) if baseline else False
     return failed or int(slower)
 
@@ -148,13 +162,13 @@ def _rows(plan: list[Part], out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _options(overrides: list[Override], bare: bool) -> tuple[Options, list[str], list[Override]]:
+def _options(overrides: list[Override], flags: dict[str, bool]) -> tuple[Options, list[str], list[Override]]:
     """-> (options of ours, arms as written, settings of the experiment)"""
-    options, arms, rest = Options(bare=bare), [], []
+    options, arms, rest = Options(**flags), [], []
     for key, value in overrides:
         if key == "arm" and value:
             arms.append(value)
-        elif key in asdict(options) and key != "bare":
+        elif key in asdict(options) and key not in FLAGS:
             kind = type(getattr(options, key))
             try:
                 setattr(options, key, kind(value))
@@ -174,7 +188,6 @@ def _plan(
 ) -> list[Part]:
     """Every arm and stage, with `window.json` in its run folder, before any is run: slips show now."""
     plan: list[Part] = []
-    length = ("trainer.max_steps", str(options.warmup + options.steps * options.rounds))
     for i, arm in enumerate(arms or ["fit:"]):
         name, colon, words = arm.partition(":")
         if not colon:
@@ -182,18 +195,19 @@ def _plan(
         if name.strip() in (part.arm for part in plan):
             raise UserError(f'--arm "{arm}": there is another arm of this name')
         more_words = shlex.split(words)
-        more_files, more_options, more = cli.parse([word for word in more_words if word != "--bare"])
+        flags = {flag: getattr(options, flag) or f"--{flag}" in more_words for flag in FLAGS}
+        more_files, more_options, more = cli.parse([w for w in more_words if w not in [f"--{flag}" for flag in FLAGS]])
         if more_options:
             raise UserError(f'--arm "{arm}": --{next(iter(more_options))} has no place in an arm')
         wanted = [*overrides, *more]
         own = [*wanted, ("run_root", f"{folder}/{i}")]
+        length = options.warmup + options.steps * options.rounds + flags["trace"] * TRACED
         staged = bool(experiment.read([*files, *more_files], own).data.get("stages"))
         for run in experiment.select(experiment.runs([*files, *more_files], own), stage):
-            run.overrides += [*FIXED, length]
+            run.overrides += [*FIXED, ("trainer.max_steps", str(length))]
             run.settings.data["init_from"] = None
             run.folder.mkdir(parents=True)
-            window = {"warmup": options.warmup, "steps": options.steps, "rounds": options.rounds}
-            window["bare"] = options.bare or "--bare" in more_words
+            window = {"warmup": options.warmup, "steps": options.steps, "rounds": options.rounds, **flags}
             (run.folder / WINDOW).write_text(json.dumps(window))
             request = {"files": [*files, *more_files], "settings": [list(pair) for pair in wanted], "window": window}
             plan.append(Part(name.strip(), run.folder.name if staged else "", run, request))
@@ -242,6 +256,32 @@ def table(rows: list[dict[str, Any]]) -> str:
     return f"{where}; {what}; {first['steps']} steps after {first['warmup']} of warm-up\n\n{body}"
 
 
+def report(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the table, and where the steps that were traced spent their time."""
+    parts = [table(rows)]
+    for row in rows:
+        if row.get("trace"):
+            name = " ".join(filter(None, (row["arm"], row["stage"])))
+            parts.append(f"## Where a step of `{name}` goes\n\n{_where_time_goes(row['trace'])}")
+    return "\n\n".join(parts)
+
+
+def _where_time_goes(found: dict[str, Any]) -> str:
+    """A table of kinds of kernels, and one of the longest (see lit_gen/trace.py)."""
+    whole = found.get("ms") or sum(kind["ms"] for kind in found["kinds"].values()) or 1.0
+    rows = [(kind, row["ms"], f"{row['launches']:.0f}") for kind, row in found["kinds"].items()]
+    if "idle_ms" in found:
+        rows += [("communication that nothing hides", found["exposed_communication_ms"], "")]
+        rows += [("nothing ran", found["idle_ms"], ""), ("a step, traced", found["ms"], "")]
+    lines = ["| | ms a step | share | launches |", "|---|---|---|---|"]
+    lines += [f"| {name} | {ms:.2f} | {100 * ms / whole:.1f} % | {launches} |" for name, ms, launches in rows]
+    lines += ["", "| longest | ms a step | launches |", "|---|---|---|"]
+    for row in found["longest"]:
+        name = row["name"].replace("|", "\\|")
+        lines.append(f"| `{name[:90]}` | {row['ms']:.2f} | {row['launches']:.0f} |")
+    return "\n".join(lines)
+
+
 def _text(value: float | None, unit: str = "") -> str:
     return "" if value is None else f"{value:.{1 if abs(value) < 1000 else 0}f}{unit}"
 
@@ -267,7 +307,7 @@ def store(folder: Path, found: dict[str, Any]) -> None:
     found = found | {"measured": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     command = shlex.join(["python", "-m", "lit_gen", "bench", *found["argv"]])
     write_whole(folder / RESULT, json.dumps(found, indent=1) + "\n")
-    write_whole(folder / "bench.md", f"# {found['experiment']}\n\n`{command}`\n\n{table(found['rows'])}\n")
+    write_whole(folder / "bench.md", f"# {found['experiment']}\n\n`{command}`\n\n{report(found['rows'])}\n")
 
 
 # -- baseline ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lit_gen.bench import RESULT, WINDOW
+from lit_gen.bench import RESULT, TRACE, WINDOW
 from lit_gen.callbacks.checkpoint import Checkpoint
 from lit_gen.callbacks.record import provenance
 from lit_gen.callbacks.speed import UNKNOWN, Counts, Speed, kind_of, peak_memory
@@ -27,6 +27,7 @@ from lit_gen.errors import UserError
 from lit_gen.experiment import Run
 from lit_gen.scale.shards import size
 from lit_gen.stage import SMOKE_NOTHING, Command
+from lit_gen.trace import Trace
 
 SYNCHRONIZES = "called a synchronizing"  # torch's warning of such a call; that of the mode itself speaks of them too
 
@@ -38,7 +39,8 @@ class Bench(Command):
     """
 
     def __init__(self, verb: str, runs: list[Run], argv: list[str]) -> None:
-        self.window = Window(**json.loads((runs[0].folder / WINDOW).read_text()))
+        window = json.loads((runs[0].folder / WINDOW).read_text())
+        self.window = Window(**window | {"trace": str(runs[0].folder / TRACE) if window["trace"] else ""})
         super().__init__(verb, runs, argv)
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
@@ -71,10 +73,12 @@ class Window(L.Callback):
         steps: optimizer steps of a round.
         rounds: how many rounds.
         bare: after each round of the trainer, make as many steps of the same model in a bare loop.
+        trace: file that a few steps after the last round are traced to, by the first process; "" for none.
     """
 
-    def __init__(self, warmup: int, steps: int, rounds: int, bare: bool) -> None:
-        self.warmup, self.steps, self.rounds, self.bare = warmup, steps, rounds, bare
+    def __init__(self, warmup: int, steps: int, rounds: int, bare: bool, trace: str = "") -> None:
+        self.warmup, self.steps, self.rounds, self.bare, self.trace = warmup, steps, rounds, bare, trace
+        self._trace: Trace | None = None
         self.seconds: list[float] = []  # of the trainer's rounds
         self.bare_seconds: list[float] = []
         self.milliseconds: list[float] = []  # of the trainer's steps
@@ -122,6 +126,10 @@ class Window(L.Callback):
             return
         self._step = trainer.global_step
         measured = self._step - self.warmup
+        if measured > self.steps * self.rounds:
+            if self._trace is not None:
+                self._trace.step()
+            return
         if measured > 0:
             self._stamps.append(self._stamp())
         if measured < 0 or measured % self.steps:
@@ -134,6 +142,8 @@ class Window(L.Callback):
                 self.bare_seconds.append(self._time_bare())
         elif self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        if self.trace and measured == self.steps * self.rounds and trainer.is_global_zero:
+            self._trace = Trace(self._device, Path(self.trace))
         self._counts = self._speed.counts
         self._stamps = [self._stamp()]
         self._began = time.perf_counter()
@@ -208,6 +218,7 @@ class Window(L.Callback):
             "warmup": self.warmup,
             **{name: None if value != value else float(f"{value:.6g}") for name, value in figures.items()},
             "waits": sorted(set(self.waits)),
+            **({"trace": self._trace.found} if self._trace is not None else {}),
             "machine": machine(self._device),
             **{key: told for key, told in provenance(()).items() if key in ("git", "versions")},
         }

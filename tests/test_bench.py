@@ -234,7 +234,7 @@ def test_the_commands_in_the_experiments_bind(here: Path, monkeypatch: pytest.Mo
             words[name] = told(value)
         for line in map(told, re.findall(r"python -m lit_gen bench (.*)", text)):
             files, _, overrides = cli.parse([word for word in shlex.split(line) if word != "--bare"])
-            options, arms, overrides = bench._options(overrides, bare=False)
+            options, arms, overrides = bench._options(overrides, flags={"bare": False, "trace": False})
             plan = bench._plan(files, overrides, arms, None, options, str(here / str(len(bound))))
             length = options.warmup + options.steps * options.rounds
             bound += [(Binding("fit", [part.run]).bound[0].fit.trainer, length) for part in plan]
