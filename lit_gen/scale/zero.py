@@ -61,6 +61,8 @@ class ZeRO(DeepSpeedStrategy):
             pin_memory=offload != "none",
             reduce_bucket_size=bucket,
             allgather_bucket_size=bucket,
+            # Below stage 3, DeepSpeed's "reduce-scatter" sums whole buckets as well, and copies them twice more.
+            reduce_scatter=stage == 3,
             logging_batch_size_per_gpu=1,  # only DeepSpeed's own rate, which nobody reads, depends on it
             exclude_frozen_parameters=True,
         )
