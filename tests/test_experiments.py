@@ -1,4 +1,4 @@
-"""Every YAML in experiments/: its settings bind, and two small steps of each of its stages run."""
+"""Every YAML in experiments/: its settings bind. That its stages run, and run on, is seen in `test_resume.py`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ Command = Callable[..., int]
 ROOT = Path(__file__).parents[1]
 FILES = sorted(p.relative_to(ROOT) for p in (ROOT / "experiments").rglob("*.yaml"))
 OVERLAYS = [p for p in FILES if p.parts[1] == "scale"]
-# DDP, which objects to parameters that a method trains without using them.
-ON_ONE_CPU = ("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "ddp")
 EXPERIMENTS = [p for p in FILES if p not in OVERLAYS]
 # Run as an experiment, an ablation is the one it is based on.
 RUN = [p for p in EXPERIMENTS if not p.stem.endswith("_ablation")]
@@ -48,12 +46,3 @@ def test_overlays_bind(file: Path, lit_gen: Command, monkeypatch: pytest.MonkeyP
     assert over, f"{file}: say in a comment which experiment this goes over, as `-c experiments/NAME.yaml`"
     for other in over:  # what `check` says of files that are not here is not a mistake of the overlay
         Binding("fit", experiment.runs([str(other), str(file)], []))
-
-
-@pytest.mark.usefixtures("distributed")
-@pytest.mark.parametrize("file", RUN, ids=str)
-def test_two_steps_run(file: Path, lit_gen: Command, universe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(universe)
-    assert lit_gen("fit", "-c", str(file), "--smoke", *ON_ONE_CPU) == 0
-    for run in experiment.runs([str(file)], [], smoke=True):
-        assert run.done.is_file() and (run.folder / "metrics.json").is_file()

@@ -1,4 +1,4 @@
-"""Every experiment that is here trains under ZeRO; `test_experiments.py` tries them under DDP."""
+"""Every experiment that is here trains under ZeRO; `test_resume.py` tries them under DDP."""
 
 from __future__ import annotations
 
