@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from lit_gen.bench import TRACED
 
 STEPS = TRACED - 1  # are looked at; the first one only fills the profiler's own buffers
-LONGEST = 12  # single kernels that are told by name
+LONGEST = 12  # kernels that are told by name
 
 # The first kind whose pattern is in a kernel's name is the kernel's; names of operations on CPUs fit as well.
 KINDS = {
@@ -27,7 +27,6 @@ KINDS = {
     "matrix products": r"gemm|gemv|cutlass|cublas|nvjet|matmul|(?:^|::|_)(?:add)?b?mm\b|linear",
     "optimizer": r"multi_tensor|adam|foreach",
 }
-_KINDS = {kind: re.compile(pattern, re.IGNORECASE) for kind, pattern in KINDS.items()}
 
 
 class Kernel(NamedTuple):
@@ -57,8 +56,6 @@ class Trace:
 
     def step(self) -> None:
         self._steps += 1
-        if self._steps > TRACED:
-            return
         if self.device.type == "cuda" and self._steps in (1, TRACED):  # what is recorded is whole steps
             torch.cuda.synchronize()
         self._profile.step()
@@ -84,7 +81,7 @@ def _is_note(event: Any) -> bool:
 
 def kind_of(name: str) -> str:
     """One of KINDS by the name of a kernel or operation, else "other"."""
-    return next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), "other")
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
 def told(kernels: list[Kernel]) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from test_readme import commands
+from test_stylecrafter_use import sd2_unet
 from test_stylecrafter_weights import (
     TINY_SDXL_SHAPES,
     TINY_SDXL_SIZE,
@@ -40,19 +40,7 @@ def released(universe, tmp_path_factory):
     base = folder / "base"
     shutil.copytree(universe / "data" / "world-base", base, ignore=shutil.ignore_patterns("unet", "motion_adapter"))
     torch.manual_seed(0)
-    UNet2DConditionModel(
-        sample_size=16,
-        in_channels=8,
-        out_channels=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=32,
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-    ).save_pretrained(base / "unet")
+    sd2_unet().save_pretrained(base / "unet")
     unet = load_base(str(base), parts=("unet",)).unet
     write_adapter(folder / "adapter_v1.pth", StyleAdapter(unet, 32, Adapter(4, 2, 1)), unet)
     write_temporal(folder / "temporal_v1.pth", TemporalLayers.for_unet(unet))

@@ -153,13 +153,9 @@ def test_blocks_of_videocrafter_are_not_compiled_alone(sd2_base, tmp_path):
 # -- bases and weights ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def sd2_base(tiny_base, tmp_path_factory):
-    """The tiny base with a UNet of Stable Diffusion 2.x's kind, and no temporal layers."""
-    folder = tmp_path_factory.mktemp("sd2") / "base"
-    shutil.copytree(tiny_base, folder, ignore=shutil.ignore_patterns("unet", "motion_adapter"))
-    torch.manual_seed(0)
-    UNet2DConditionModel(
+def sd2_unet():
+    """A tiny network of Stable Diffusion 2.x's kind, with random weights."""
+    return UNet2DConditionModel(
         sample_size=16,
         in_channels=8,
         out_channels=8,
@@ -171,7 +167,16 @@ def sd2_base(tiny_base, tmp_path_factory):
         cross_attention_dim=32,
         attention_head_dim=(2, 4),
         use_linear_projection=True,
-    ).save_pretrained(folder / "unet")
+    )
+
+
+@pytest.fixture(scope="module")
+def sd2_base(tiny_base, tmp_path_factory):
+    """The tiny base with a UNet of Stable Diffusion 2.x's kind, and no temporal layers."""
+    folder = tmp_path_factory.mktemp("sd2") / "base"
+    shutil.copytree(tiny_base, folder, ignore=shutil.ignore_patterns("unet", "motion_adapter"))
+    torch.manual_seed(0)
+    sd2_unet().save_pretrained(folder / "unet")
     return folder
 
 
