@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +16,11 @@ import pytest
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lit_gen.callbacks.progress import Progress
 from lit_gen.callbacks.record import count
-from lit_gen.callbacks.speed import Counts, Speed
+from lit_gen.callbacks.speed import Counts, Speed, operations
 
 B, N, H, M = 4, 8, 16, 2
 # two products forward, two for the weights' gradients, one for the gradient between the layers
@@ -181,3 +184,34 @@ def test_redrawing_the_line_does_not_wait_for_a_gpu() -> None:
         progress.on_train_batch_end(trainer, module, None, None, i)
     assert read.call_count == 1 and len(lines) == 6
     assert "32.0 samples/s x 2" in lines[-1] and lines[-1].endswith("left 0:01:35, train/loss 1")
+
+
+class Residual(nn.Module):
+    """A layer of a transformer without attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normal, self.wide, self.bend, self.narrow = nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(self.bend(self.wide(self.normal(x))))
+
+
+def test_counting_keeps_nothing_that_checkpointing_computes_again() -> None:
+    layers, inner = [Residual() for _ in range(3)], []
+    for layer in layers:
+        layer.wide.register_forward_hook(
+            lambda module, inputs, output: inner.append(weakref.ref(output.untyped_storage()))
+        )
+    gc.disable()
+    try:
+        with operations() as counter:
+            x = torch.randn(4, 8)
+            for layer in layers:
+                x = checkpoint(layer, x, use_reentrant=False)
+            x.sum().backward()
+            assert len(inner) == 6 and not any(values() is not None for values in inner)
+    finally:
+        gc.enable()
+    # forward; again, but for the last product of each, which nothing needs; and two backward for each
+    assert counter.get_total_flops() == 2 * 4 * 8 * 16 * (6 + 3 + 12)
