@@ -230,6 +230,7 @@ def test_a_signal_during_the_imports_is_remembered(toy: Path) -> None:
         while not Path("runs/toy/one/fit.json").exists():
             assert process.poll() is None
             time.sleep(0.05)
+        time.sleep(0.3)  # until the child is there, which then imports for seconds; before it nothing would be trained
         process.send_signal(signal.SIGUSR1)
         assert process.wait(120) == interrupts.PAUSED
     finally:
