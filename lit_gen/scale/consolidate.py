@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from lit_gen.errors import UserError
+from lit_gen.scale.reduction import in_order
 from lit_gen.scale.shards import join
 from lit_gen.weights import read_torch
 
 TAG = "checkpoint"  # Lightning's name of the folder within the folder
 FROZEN = "frozen_state_dict"  # weights and buffers that are stored but not trained
 NAMES = "optimizer_names"  # trained parameters by parameter group, in the optimizer's order
+ORDERS = (
+    "memory_orders"  # of weights whose numbers lie in another order of dimensions than their own, e.g. channels last
+)
 # What DeepSpeed adds to a checkpoint of Lightning's.
 DEEPSPEED = (
     "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
@@ -77,18 +81,19 @@ def consolidate(folder: Path) -> dict[str, Any]:
     if not models or not parts or len(parts) != models[0]["dp_world_size"]:
         wanted = models[0]["dp_world_size"] if models else "all"
         raise UserError(f"{folder}: holds {len(parts)} parts of {wanted}; were all written to the same file system?")
-    client = {k: v for k, v in models[0].items() if k not in (*DEEPSPEED, FROZEN, NAMES)}
+    client = {k: v for k, v in models[0].items() if k not in (*DEEPSPEED, FROZEN, NAMES, ORDERS)}
     shapes = models[0]["param_shapes"]  # [{name: shape}], one per flat group
     three = parts[0]["zero_stage"] == 3
     flat = [part["fp32_flat_groups" if three else "single_partition_of_fp32_groups"] for part in parts]
     paddings = parts[0].get("param_alignment_paddings")
+    orders = models[0].get(ORDERS, {})
 
     def cut(values: list[list[Tensor]]) -> dict[str, Tensor]:
         """Weights by name of flat values by process and group."""
         cuts: dict[str, Tensor] = {}
         for i, group in enumerate(shapes):
             pieces = [of_process[i] for of_process in values]
-            cuts |= _cut_each(pieces, group) if three else _cut_whole(pieces, group, paddings and paddings[i])
+            cuts |= _cut_each(pieces, group) if three else _cut_whole(pieces, group, paddings and paddings[i], orders)
         return cuts
 
     trained = cut(flat)
@@ -100,11 +105,16 @@ def consolidate(folder: Path) -> dict[str, Any]:
     return client
 
 
-def _cut_whole(pieces: Iterable[Tensor], group: dict[str, torch.Size], paddings: list[int] | None) -> dict[str, Tensor]:
+def _cut_whole(
+    pieces: Iterable[Tensor],
+    group: dict[str, torch.Size],
+    paddings: list[int] | None,
+    orders: dict[str, list[int]],
+) -> dict[str, Tensor]:
     """ZeRO-1 and 2: a group's weights one after another, the whole cut into one piece per process."""
     flat, offset, cuts = torch.cat([p.flatten() for p in pieces]), 0, {}
     for i, (name, shape) in enumerate(group.items()):
-        cuts[name] = flat[offset : offset + shape.numel()].view(shape)
+        cuts[name] = in_order(flat[offset : offset + shape.numel()], shape, orders.get(name, range(len(shape))))
         offset += shape.numel() + (paddings[i] if paddings else 0)
     return cuts
 

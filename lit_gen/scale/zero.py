@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Method
-from lit_gen.scale.consolidate import FROZEN, NAMES, TAG, parts_of, read_part
+from lit_gen.scale.consolidate import FROZEN, NAMES, ORDERS, TAG, parts_of, read_part
+from lit_gen.scale.reduction import Reduction, flattened_as_they_lie, order_in_memory
 from lit_gen.scale.shards import unshard
 from lit_gen.weights import read_checkpoint, read_torch
 
@@ -31,8 +32,9 @@ class ZeRO(DeepSpeedStrategy):
 
     What is frozen stays whole on every device, in its own precision, and is not stored. Gradients are clipped over all
     processes at the method's `clip_norm`. Under "bf16-mixed", weights stay float32 and operations are cast as under
-    DDP; "bf16-true" casts everything, frozen parts included, over float32 master weights. Checkpoints are folders with
-    a part per process: `export` makes one file of them, and every other command reads them as they are.
+    DDP, and gradients are sent in bfloat16 between the processes; "bf16-true" casts everything, frozen parts included,
+    over float32 master weights. Checkpoints are folders with a part per process: `export` makes one file of them, and
+    every other command reads them as they are.
 
     Args:
         stage: what is divided: 1 the optimizer's state, 2 also gradients, 3 also the trained weights.
@@ -66,10 +68,11 @@ class ZeRO(DeepSpeedStrategy):
             logging_batch_size_per_gpu=1,  # only DeepSpeed's own rate, which nobody reads, depends on it
             exclude_frozen_parameters=True,
         )
-        self.stage = stage
+        self.stage, self.offload = stage, offload
         self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW, offloaded too: DeepSpeed's needs a compiler
         self.config["timers"] = {"throughput": {"enabled": False}}  # it waits for the device in every step
         self._names: list[list[str]] = []
+        self._orders: dict[str, list[int]] = {}
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -82,6 +85,11 @@ class ZeRO(DeepSpeedStrategy):
         if plugin is not None and plugin.precision.startswith("16"):
             raise UserError(f"trainer.precision: {plugin.precision} does not go with ZeRO; use bf16-mixed or 32-true")
         self._precision_plugin = None if plugin is None else ZeROPrecision(plugin.precision)
+
+    @property
+    def _reduces(self) -> bool:
+        """Whether gradients are averaged by `lit_gen.scale.reduction` and not by DeepSpeed itself."""
+        return self.stage == 2 and self.offload == "none" and self.precision_plugin.keeps_float32
 
     @property
     def handles_gradient_accumulation(self) -> bool:
@@ -125,8 +133,13 @@ class ZeRO(DeepSpeedStrategy):
         names = {id(p): n for n, p in model.named_parameters()}
         self._names = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         _sync_module_states(model)
-        with _hidden_frozen(model):
+        weights = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+        with _hidden_frozen(model), flattened_as_they_lie() if self._reduces else nullcontext():
             engine, optimizer = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        if self._reduces:
+            self._orders = {n: list(order_in_memory(p)) for n, p in weights.items() if not p.is_contiguous()}
+            sent = torch.bfloat16 if self.precision_plugin.mixed else torch.float32
+            Reduction(optimizer, sent, self.config["zero_optimization"]["reduce_bucket_size"])
         engine.checkpoint_engine = checkpoint_engine(engine)
         engine._copy_recovery_script = lambda path: None  # it would unpickle; `export` does not
         return engine, optimizer
@@ -156,7 +169,7 @@ class ZeRO(DeepSpeedStrategy):
         """
         trained = {name for group in self._names for name in group}
         frozen = {n: w for n, w in checkpoint["state_dict"].items() if n not in trained}
-        client = {**checkpoint, FROZEN: frozen if self.is_global_zero else {}, NAMES: self._names}
+        client = {**checkpoint, FROZEN: frozen if self.is_global_zero else {}, NAMES: self._names, ORDERS: self._orders}
         engine = self.deepspeed_engine.checkpoint_engine
         engine.error = None
         super().save_checkpoint(client, filepath, storage_options)
@@ -187,6 +200,11 @@ class ZeRO(DeepSpeedStrategy):
         )
         if not self.is_global_zero:
             client[FROZEN] = read_part(parts_of(path, "model")[0])[FROZEN]
+        if client.pop(ORDERS, {}) != self._orders:
+            raise UserError(
+                f"{path}: its weights lie in memory in another order; continue with the same model.channels_last, "
+                "stage and offload, or make one file of it (`export --format checkpoint`) for another strategy"
+            )
         client["state_dict"] = client.pop(FROZEN)
         self.lightning_module.load_state_dict(client["state_dict"], strict=False)
         return client
@@ -204,6 +222,7 @@ class ZeROPrecision(DeepSpeedPrecision):
         self.mixed = precision == "bf16-mixed"
         if self.mixed:
             self._desired_dtype = torch.float32
+        self.keeps_float32 = self._desired_dtype == torch.float32
 
     def forward_context(self) -> AbstractContextManager:
         if not self.mixed:
@@ -287,6 +306,9 @@ def checkpoint_engine(engine: Any) -> Any:
         error: OSError | None = None
 
         def save(self, state_dict: dict[str, Any], path: str) -> None:
+            part = state_dict.get("optimizer_state_dict") or {}
+            if "single_partition_of_fp32_groups" in part:  # pieces of the flat weights, all of which would be written
+                part["single_partition_of_fp32_groups"] = [p.cpu() for p in part["single_partition_of_fp32_groups"]]
             try:
                 with open(path, "wb") as file:
                     torch.save(state_dict, file)

@@ -131,6 +131,7 @@ def test_what_zero_cannot_continue_is_said_in_one_line(trainings: Trainings) -> 
     for rank in (0, 1):
         assert "ZeRO continues only from what it saved itself" in results["from a file"][rank]["error"]
         assert "saved by 1 processes and ZeRO cannot divide it among 2" in results["from one process"][rank]["error"]
+        assert "its weights lie in memory in another order" in results["from another order"][rank]["error"]
 
 
 def test_a_full_disk_on_one_process_stops_both_and_leaves_the_checkpoint_before(trainings: Trainings) -> None:
