@@ -101,12 +101,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--arm", action="append", help="only this arm (may be given several times)")
     parser.add_argument("--seed", type=int, action="append", help="only this seed")
     parser.add_argument("--task", metavar="I/N", help="only the I-th of N parts (default: this SLURM array task's)")
+    parser.add_argument("--experiment", metavar="NAME", help="name of the folder of its runs")
+    parser.add_argument("--run_root", metavar="DIR", help="where that folder lives (default: runs)")
     parser.add_argument("--report", action="store_true", help="train nothing, write the report of what there is")
     parser.add_argument(
         "--smoke", action="store_true", help="two small steps of every arm, to see that all of it works"
     )
     args, overrides = parser.parse_known_args(argv)
-    sweep = read(args.config, args.smoke)
+    # Not left among the settings of each run: all of them would share one folder, or lie where nobody looks for them.
+    own = {key: value for key in ("experiment", "run_root") if (value := getattr(args, key)) is not None}
+    sweep = read(args.config, args.smoke, own)
     cells = [
         cell
         for cell in sweep.cells
@@ -115,9 +119,9 @@ def main(argv: list[str]) -> int:
     for arm in args.arm or ():
         sweep.of(arm)  # says what is wrong with its name
     if not args.report:
-        own = share(cells, *task(args.task))
-        for number, cell in enumerate(own, 1):
-            print(f"[{number}/{len(own)}] {sweep.name}: {cell.arm}, seed {cell.seed}", flush=True)
+        part = share(cells, *task(args.task))
+        for number, cell in enumerate(part, 1):
+            print(f"[{number}/{len(part)}] {sweep.name}: {cell.arm}, seed {cell.seed}", flush=True)
             if code := run(cell, overrides, args.smoke):
                 return code
     missing = [cell for cell in sweep.cells if not all(is_tested(cell.folder(stage)) for stage in cell.tested)]
@@ -131,17 +135,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read(files: list[str], smoke: bool = False) -> Sweep:
+def read(files: list[str], smoke: bool = False, own: dict[str, str] | None = None) -> Sweep:
     """Read a sweep and write the experiment file of each of its cells.
 
     Args:
         files: the `-c` files.
         smoke: of runs made small, which lie below `smoke/`.
+        own: another `experiment` or `run_root` than the files give.
 
     Raises:
         UserError: there is no `sweep:` section, or it is not as described above.
     """
-    merged = experiment.read(files, [])
+    merged = experiment.read(files, list((own or {}).items()))
     where, section = merged.origin(("sweep",)), merged.data.get("sweep")
     if not isinstance(section, dict) or not isinstance(section.get("arms"), dict):
         raise UserError(f"{where or files[-1]}: a sweep needs `sweep: {{arms: {{NAME: SETTINGS}}}}`")
@@ -214,6 +219,7 @@ def _cell(merged: Settings, files: list[str], name: str, root: Path, arm: Arm, s
     content = {
         "base": [os.path.relpath(f, file.parent) for f in files],
         "experiment": folder,
+        "run_root": str(root),
         "seed_everything": seed,
         **{key: value for key, value in own.items() if key != "stages"},
     }

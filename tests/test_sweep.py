@@ -52,21 +52,23 @@ def arms(here: Path) -> str:
 def test_every_arm_and_seed_is_trained_tested_and_compared(
     lit_gen: Command, arms: str, capsys: pytest.CaptureFixture
 ) -> None:
-    assert lit_gen("sweep", "-c", arms) == 0
+    assert lit_gen("sweep", "-c", arms, "--run_root", "far", "--experiment", "other") == 0
     for arm in ("slow", "quick", "quick-then-still"):
         for seed in (0, 1, 2):
-            assert Path(f"runs/arms/{arm}-seed{seed}/two/scores.json").is_file()
+            assert Path(f"far/other/{arm}-seed{seed}/two/scores.json").is_file()
     # A taken stage is not trained again, and the next one starts from it.
-    assert not Path("runs/arms/quick-then-still-seed0/one").exists()
-    assert scores.read(Path("runs/arms/quick-then-still-seed0/two")) == scores.read(Path("runs/arms/quick-seed0/one"))
-    assert scores.read(Path("runs/arms/quick-seed0/one")) != scores.read(Path("runs/arms/quick-seed1/one"))
+    assert not Path("far/other/quick-then-still-seed0/one").exists()
+    assert scores.read(Path("far/other/quick-then-still-seed0/two")) == scores.read(Path("far/other/quick-seed0/one"))
+    assert scores.read(Path("far/other/quick-seed0/one")) != scores.read(Path("far/other/quick-seed1/one"))
     report = Path("results/toy.md").read_text()
     assert "| fast learns more | yes |" in report and "| fast learns less | no |" in report
     assert "| a thousand times more | no |" in report and "20 samples, 3 seeds" in report
-    before = Path("runs/arms/quick-seed0/two/trace").read_text()
+    before = Path("far/other/quick-seed0/two/trace").read_text()
     capsys.readouterr()
-    assert lit_gen("sweep", "-c", arms) == 0  # again: nothing is left but the report
-    assert Path("runs/arms/quick-seed0/two/trace").read_text() == before
+    assert (
+        lit_gen("sweep", "-c", arms, "--run_root", "far", "--experiment", "other") == 0
+    )  # again: nothing is left but the report
+    assert Path("far/other/quick-seed0/two/trace").read_text() == before
     assert "two: step" not in capsys.readouterr().out
 
 
