@@ -53,6 +53,14 @@ class Optimizer:
         return 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
 
 
+def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Have what was loaded lie in memory as the weights do, as fused kernels want it; it may be another run's."""
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == weight.shape and value.stride() != weight.stride():
+                state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
 def run_seed() -> int:
     """The run's `seed_everything`."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
@@ -104,6 +112,7 @@ class Method(L.LightningModule):
             weight_decay=settings.weight_decay,
             fused=self.device.type == "cuda",
         )
+        optimizer.register_load_state_dict_post_hook(_lay_out_as_weights)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: settings.factor(s, self.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -114,7 +114,8 @@ def _cut_whole(
     """ZeRO-1 and 2: a group's weights one after another, the whole cut into one piece per process."""
     flat, offset, cuts = torch.cat([p.flatten() for p in pieces]), 0, {}
     for i, (name, shape) in enumerate(group.items()):
-        cuts[name] = in_order(flat[offset : offset + shape.numel()], shape, orders.get(name, range(len(shape))))
+        values = flat[offset : offset + shape.numel()]
+        cuts[name] = in_order(values, shape, orders.get(name, range(len(shape)))).contiguous()
         offset += shape.numel() + (paddings[i] if paddings else 0)
     return cuts
 

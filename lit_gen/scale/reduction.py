@@ -29,21 +29,16 @@ class Bucket:
     start: int
     end: int
     weights: list[nn.Parameter]
+    starts: list[int]  # of each weight
     views: list[Tensor] = field(default_factory=list)  # of its slot, one per weight, shaped and laid out as it
     gaps: list[Tensor] = field(default_factory=list)  # of its slot, between weights
     arrived: set[int] = field(default_factory=set)  # positions in `weights`
 
 
-class Part(list):
-    """The averaged gradients of a group that this process owns, as DeepSpeed's step looks for them."""
-
-    def __init__(self, flat_partition: Tensor) -> None:
-        super().__init__([flat_partition])
-        self.flat_partition = flat_partition
-
-
 class Reduction:
     """Takes the place of the reduction of DeepSpeed's optimizer for ZeRO-2, of float32 weights on the device.
+
+    Values differ from DeepSpeed's in one thing: all gradients are sent in `dtype`, there only those of some layers.
 
     Args:
         optimizer: `DeepSpeedZeroOptimizer` of stage 2, nothing of which is offloaded.
@@ -52,7 +47,7 @@ class Reduction:
     """
 
     def __init__(self, optimizer: Any, dtype: torch.dtype, size: int) -> None:
-        self.optimizer, self.dtype = optimizer, dtype
+        self.optimizer = optimizer
         self.device = optimizer.bit16_groups_flat[0].device
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.producers: set[Any] = set()  # streams that gradients of the next bucket were written on
@@ -76,46 +71,32 @@ class Reduction:
             end, members = starts[-1] + weights[-1].numel(), []
             for start, weight in reversed(list(zip(starts, weights, strict=True))):
                 if members and end - start > size:
-                    yield Bucket(group, members[0][0], end, [w for _, w in members])
+                    yield Bucket(group, members[0][0], end, [w for _, w in members], [s for s, _ in members])
                     end, members = members[0][0], []
                 members.insert(0, (start, weight))
-            yield Bucket(group, members[0][0], end, [w for _, w in members])
+            yield Bucket(group, members[0][0], end, [w for _, w in members], [s for s, _ in members])
 
-    def _lay_out(self, bucket: Bucket, slot: Tensor) -> None:
-        starts = dict(zip(map(id, self.optimizer.round_robin_bit16_groups[bucket.group]),
-                          self.optimizer.round_robin_bit16_offsets[bucket.group], strict=True))  # fmt: skip
-        at = bucket.start
-        for weight in bucket.weights:
-            start = starts[id(weight)]
-            if start > at:
-                bucket.gaps.append(slot[at - bucket.start : start - bucket.start])
-            at = start + weight.numel()
-            bucket.views.append(
-                slot[start - bucket.start : at - bucket.start].as_strided_(weight.shape, weight.stride())
-            )
-        if at < bucket.end:
-            bucket.gaps.append(slot[at - bucket.start : bucket.end - bucket.start])
+    @staticmethod
+    def _lay_out(bucket: Bucket, slot: Tensor) -> None:
+        at = 0
+        for weight, start in zip(bucket.weights, bucket.starts, strict=True):
+            run = slot[start - bucket.start :][: weight.numel()]
+            bucket.views.append(run.as_strided(weight.shape, weight.stride()))
+            bucket.gaps.append(slot[at : start - bucket.start])
+            at = start - bucket.start + weight.numel()
+        bucket.gaps = [gap for gap in [*bucket.gaps, slot[at : bucket.end - bucket.start]] if len(gap)]
 
     def _take_over(self) -> None:
         optimizer = self.optimizer
         optimizer.process_gradients = self.ready
         optimizer.independent_gradient_partition_epilogue = self.finish
-        optimizer.get_grad_norm_direct = self.norm
         # The weights are views of the flat vector, into which all-gather writes.
         optimizer._update_model_bit16_weights = lambda group: None
-        # A float32 copy of float32 weights would have to be copied back in each step; DeepSpeed then finds it done.
+        # Not a float32 copy of float32 weights, which would have to be copied back after each step.
         for group, owned in enumerate(optimizer.parallel_partitioned_bit16_groups):
             rank = dist.get_rank(optimizer.real_dp_process_group[group])
             optimizer.single_partition_of_fp32_groups[group].data = owned[rank].data
-        step = optimizer.step
-
-        def stepped(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return step(*args, **kwargs)
-            finally:
-                self.fresh = True
-
-        optimizer.step = stepped
+        optimizer.step = self.step
 
     # -- in the backward pass -----------------------------------------------------------------------------------------
 
@@ -193,16 +174,39 @@ class Reduction:
             self.sent, self.started, self.fresh = 0, False, False
             if self.side is not None:
                 torch.cuda.current_stream(self.device).wait_stream(self.side)
-        if self.optimizer.is_gradient_accumulation_boundary():
-            self.optimizer.averaged_gradients.update({i: Part(part) for i, part in enumerate(self.parts)})
         self.optimizer._epilogue_ran_this_backward = True
 
     @torch.no_grad()
-    def norm(self, gradients: Part, weights: list[nn.Parameter], norm_type: float = 2) -> Tensor:
-        """Norm over all processes; -1, as DeepSpeed has it, where it is not finite."""
-        square = torch.linalg.vector_norm(gradients.flat_partition).square()
-        dist.all_reduce(square, group=self.optimizer.dp_process_group)
-        return torch.where(square.isfinite(), square.sqrt(), -1.0)
+    def step(self, closure: None = None) -> None:
+        """Clip, step and gather the weights; gradients that are not finite change nothing, as with DeepSpeed."""
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        optimizer, inner, own = self.optimizer, self.optimizer.optimizer, self.optimizer.single_partition_of_fp32_groups
+        square = torch.stack([torch.linalg.vector_norm(part) for part in self.parts]).square().sum()
+        dist.all_reduce(square, group=optimizer.dp_process_group)
+        optimizer._global_grad_norm = norm = square.sqrt()
+        scale = ((norm + 1e-6) / optimizer.clip_grad).clamp(min=1) if optimizer.clip_grad > 0 else torch.ones_like(norm)
+        for weights, part in zip(own, self.parts, strict=True):
+            weights.grad = part
+        if all(group.get("fused") for group in inner.param_groups):  # it heeds both on the device
+            inner.grad_scale, inner.found_inf = scale, norm.isfinite().logical_not().float()
+            inner.step()
+            del inner.grad_scale, inner.found_inf
+        elif norm.isfinite():
+            for part in self.parts:
+                part.div_(scale)
+            inner.step()
+        for weights in own:
+            weights.grad = None
+        optimizer._lazy_init_hp_params_optimizer_state()
+        all_gather_dp_groups(
+            optimizer.bit16_groups_flat,
+            optimizer.parallel_partitioned_bit16_groups,
+            optimizer.real_dp_process_group,
+            optimizer.nccl_start_alignment_factor,
+            optimizer.allgather_bucket_size,
+        )
+        self.fresh = True
 
 
 # -- memory layout ----------------------------------------------------------------------------------------------------

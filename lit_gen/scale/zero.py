@@ -48,7 +48,7 @@ class ZeRO(DeepSpeedStrategy):
         self,
         stage: Literal[1, 2, 3] = 2,
         offload: Literal["none", "optimizer", "all"] = "none",
-        bucket: int = 100_000_000,
+        bucket: int = 25_000_000,
     ) -> None:
         try:
             import deepspeed  # noqa: F401

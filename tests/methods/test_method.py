@@ -1,6 +1,8 @@
 """What all methods share."""
 
+import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
@@ -106,3 +108,22 @@ def test_average_is_the_plain_recursion_and_survives_a_checkpoint(tmp_path: Path
     other = Line()
     other.load_weights(tmp_path / "e.ckpt")
     torch.testing.assert_close(other.line.weight.data, expected)
+
+
+def test_a_loaded_optimizer_lies_in_memory_as_the_weights_do() -> None:
+    def step(weight: torch.Tensor, loaded: dict | None) -> tuple[torch.Tensor, dict]:
+        model = Line()
+        model.line.weight, model._trainer = nn.Parameter(weight), SimpleNamespace(max_steps=9)
+        optimizer = model.configure_optimizers()["optimizer"]
+        if loaded is not None:
+            optimizer.load_state_dict(loaded)
+        optimizer.param_groups[0]["fused"] = True  # whose kernel takes all tensors to lie alike
+        model.line.weight.grad = torch.empty_like(weight).copy_(torch.tensor([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]]))
+        optimizer.step()
+        return model.line.weight.detach(), optimizer.state_dict()
+
+    first, saved = step(torch.zeros(2, 3), None)
+    straight, _ = step(first.clone(), copy.deepcopy(saved))
+    turned, _ = step(first.t().contiguous().t(), copy.deepcopy(saved))
+    assert not turned.is_contiguous()
+    torch.testing.assert_close(turned, straight)

@@ -98,6 +98,13 @@ def test_a_resumed_run_is_the_same_bit_for_bit(case: str, trainings: Trainings) 
     assert one.keys() == other.keys() and all(torch.equal(other[n], t) for n, t in one.items())
 
 
+def test_gradients_that_are_not_finite_change_nothing(trainings: Trainings) -> None:
+    for straight, spoilt in zip(trainings[1]["zero2"], trainings[1]["zero2 spoilt"], strict=True):
+        assert spoilt["losses"][:2] == straight["losses"][:2]  # the second step is lost
+        assert all(torch.isfinite(weight).all() for weight in spoilt["weights"].values())
+        assert spoilt["losses"][2:] != straight["losses"][2:]
+
+
 def test_weights_of_an_earlier_stage_stay_in_the_checkpoint(trainings: Trainings) -> None:
     first, second = (last(trainings[0] / case) for case in ("zero2", "zero3 second stage"))
     assert set(first["state_dict"]) < set(second["state_dict"])
