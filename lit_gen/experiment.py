@@ -241,7 +241,10 @@ def runs(files: list[str], overrides: list[Override], smoke: bool = False) -> li
         common, chosen = _shortened(common, merged, None) if smoke else (common, None)
         return [Run(name, root, common, _for_stage(overrides, None), chosen)]
     result: list[Run] = []
+    own = (merged.data.get("smoke") or {}).get("stages") or {}
     for stage in stages:
+        if smoke and own.get(stage, {}) is None:
+            continue
         tree = trees.merge(common, trees.subtree(merged, ("stages", stage)))
         for key in OWN_KEYS:
             if key in tree.data and key != "description":
@@ -315,7 +318,7 @@ def _shortened(tree: Settings, merged: Settings, stage: str | None) -> tuple[Set
     if "smoke" in merged.data:
         own = trees.subtree(merged, ("smoke",))
         parts.append(Settings({k: v for k, v in own.data.items() if k != "stages"}, own.origins))
-        if stage in own.data.get("stages", {}):
+        if stage in (own.data.get("stages") or {}):
             parts.append(trees.subtree(own, ("stages", stage)))
     for part in parts:
         tree = trees.merge(tree, part)

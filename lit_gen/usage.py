@@ -29,7 +29,7 @@ keys of an experiment file:
   init_from: FILE     checkpoint whose weights a run starts from; null for none
   validate_first: BOOL    validate before training too, kept as "before" in metrics.json
   vars: {NAME: VALUE}     free values for ${vars.NAME}
-  smoke: SETTINGS     merged over all others by --smoke
+  smoke: SETTINGS     merged over all others by --smoke; a stage that is null there is left out
   sweep: {...}        arms and seeds of `python -m lit_gen sweep -c FILE`
   checkpoint: {...}   how often to save and what to keep
   speed: {peak_tflops: X}     what the device can do, to show the share of it in use (MFU)

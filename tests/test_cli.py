@@ -194,6 +194,13 @@ def test_stages_of_several_files(here: Path) -> None:
     runs = experiment.runs(["a.yaml"], [])
     assert "init_from" not in runs[0].settings.data
     assert runs[1].settings.data["init_from"] == "runs/a/one/checkpoints/last.ckpt"
+    write(
+        here, c="stages:\n  one: {s: 1}\n  again: {s: 1}\n  two: {s: 2}\nsmoke: {stages: {again: null, two: {s: 3}}}\n"
+    )
+    assert len(experiment.runs(["c.yaml"], [])) == 3
+    small = experiment.runs(["c.yaml"], [], smoke=True)
+    assert [run.folder.name for run in small] == ["one", "two"] and small[1].settings.data["s"] == 3
+    assert Path(small[1].settings.data["init_from"]) == small[0].last
 
 
 def test_interpolation_reads_vars(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,7 @@
-"""Every YAML in experiments/: its settings bind. That its stages run, and run on, is seen in `test_resume.py`."""
+"""Every YAML in experiments/: its settings bind.
+
+That its stages run is seen in `scale/test_every_experiment.py`, that they run on in `test_resume.py`.
+"""
 
 from __future__ import annotations
 

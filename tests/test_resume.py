@@ -128,7 +128,8 @@ def logs(folder: Path) -> str:
     return max(folder.glob("log-*")).read_text()[-3000:]
 
 
-@pytest.mark.parametrize("file", RUN, ids=str)
+# A measurement of experiments/bench/ is of a method that is here under another name, and keeps no checkpoints.
+@pytest.mark.parametrize("file", [file for file in RUN if file.parts[1] != "bench"], ids=str)
 def test_killed_at_a_random_instant(file: Path, forks: Forks, universe: Path) -> None:
     name = "-".join(file.with_suffix("").parts[1:])
     # DDP objects to parameters that a method trains without using them.
