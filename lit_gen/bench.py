@@ -20,7 +20,8 @@ from lit_gen import cli, experiment, interrupts
 from lit_gen.errors import UserError
 from lit_gen.experiment import Override, Run
 from lit_gen.files import read_json, write_whole
-from lit_gen.sweep import slug, task
+from lit_gen.sweep import slug
+from lit_gen.task import Task
 
 USAGE = """\
 usage: python -m lit_gen bench -c FILE [options] [settings]
@@ -116,8 +117,8 @@ def main(argv: list[str]) -> int:
         plan = _plan(files, overrides, arms, str(stage) if stage else None, options, folder)
         name = str(experiment.read(files, overrides).data.get("experiment") or Path(files[-1]).stem)
         out = Path(options.out or Path("runs", "bench", name))
-        number, count = task(options.task or "0/1")
-        own = plan[number::count]
+        task = Task.parse(options.task) if options.task else Task()
+        own = plan[task.number :: task.count]
         if "--continue" not in argv:
             for part in own:
                 part.kept(out).unlink(missing_ok=True)

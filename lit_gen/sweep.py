@@ -35,6 +35,7 @@ from lit_gen import experiment
 from lit_gen.errors import UserError, nearest
 from lit_gen.experiment import Run
 from lit_gen.settings import Settings
+from lit_gen.task import Task
 
 _KEYS = ("seeds", "test", "over", "arms", "report")
 
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> int:
     for arm in args.arm or ():
         sweep.of(arm)  # says what is wrong with its name
     if not args.report:
-        part = share(cells, *task(args.task))
+        part = share(cells, Task.parse(args.task) if args.task else Task.of_array())
         for number, cell in enumerate(part, 1):
             print(f"[{number}/{len(part)}] {sweep.name}: {cell.arm}, seed {cell.seed}", flush=True)
             if code := run(cell, overrides, args.smoke):
@@ -279,23 +280,12 @@ def is_tested(folder: Path) -> bool:
     return scores.is_file() and done.is_file() and scores.stat().st_mtime >= done.stat().st_mtime
 
 
-def task(text: str | None) -> tuple[int, int]:
-    """Which part of how many: "I/N" with I from 0, or this task of a SLURM array, or everything."""
-    if text is None:
-        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
-        index = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0)) - first
-        return index, int(os.environ.get("SLURM_ARRAY_TASK_COUNT", 1))
-    if not (found := re.fullmatch(r"(\d+)/(\d+)", text)) or int(found[1]) >= int(found[2]):
-        raise UserError(f"--task {text}: give it as I/N with I from 0 to N - 1")
-    return int(found[1]), int(found[2])
-
-
-def share(cells: list[Cell], index: int, count: int) -> list[Cell]:
+def share(cells: list[Cell], task: Task) -> list[Cell]:
     """The cells of one task; cells that take stages from each other stay together."""
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.source, cell.seed), []).append(cell)
-    return [cell for group in list(groups.values())[index::count] for cell in group]
+    return [cell for group in list(groups.values())[task.number :: task.count] for cell in group]
 
 
 def slug(name: str) -> str:

@@ -17,6 +17,7 @@ from lit_gen import sweep
 from lit_gen.errors import UserError
 from lit_gen.metrics import scores
 from lit_gen.metrics.scores import Scores, bootstrap, difference
+from lit_gen.task import Task
 
 Command = Callable[..., int]
 
@@ -75,16 +76,19 @@ def test_every_arm_and_seed_is_trained_tested_and_compared(
 def test_tasks_of_an_array_share_the_cells(arms: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sweep.read([arms], smoke=True).report["out"] == "runs/smoke/arms/report.md"  # the real one is left alone
     cells = sweep.read([arms]).cells
-    shares = [sweep.share(cells, i, 4) for i in range(4)]
+    shares = [sweep.share(cells, Task(i, 4)) for i in range(4)]
     assert sorted((c.arm, c.seed) for part in shares for c in part) == sorted((c.arm, c.seed) for c in cells)
     for part in shares:  # an arm that takes another's stage is in its task
         assert {("quick", c.seed) for c in part if c.taken} <= {(c.arm, c.seed) for c in part}
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
-    assert sweep.task(None) == (2, 4) and sweep.task("0/2") == (0, 2)
-    with pytest.raises(UserError, match="--task 2/2"):
-        sweep.task("2/2")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "4")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # the ranks of one training, and no parts of the sweep
+    done: list[tuple[str, int]] = []
+    monkeypatch.setattr(sweep, "run", lambda cell, *_: done.append((cell.arm, cell.seed)))
+    assert sweep.main(["-c", arms]) == 0
+    assert done == [(cell.arm, cell.seed) for cell in shares[2]]
 
 
 @pytest.mark.parametrize(

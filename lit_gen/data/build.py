@@ -18,8 +18,9 @@ from lit_gen.data.decode import encode_image, encode_video
 from lit_gen.data.facts import facts_from_scenes
 from lit_gen.data.sets import SetFile
 from lit_gen.data.shards import INDEX, ShardSet, write_index
-from lit_gen.data.split import Job, Samples, Task, cores, own_devices
+from lit_gen.data.split import Job, Samples, cores, own_devices
 from lit_gen.errors import UserError, at_least
+from lit_gen.task import Task
 
 _CHUNK = 64  # pictures rendered at once
 _NOT_CONTENT = ("sheets.py", "bench.py")  # files of the world that change no picture

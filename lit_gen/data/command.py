@@ -9,8 +9,9 @@ from pathlib import Path
 from lit_gen import interrupts
 from lit_gen.data import story_commands
 from lit_gen.data.shards import ShardSet
-from lit_gen.data.split import Paused, Task
+from lit_gen.data.split import Paused
 from lit_gen.errors import UserError
+from lit_gen.task import Task
 from lit_gen.usage import TASK_HELP
 
 _USAGE = """\

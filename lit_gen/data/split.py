@@ -29,6 +29,7 @@ from tqdm import tqdm
 from lit_gen import interrupts
 from lit_gen.data.shards import INDEX, Shard, write_tar
 from lit_gen.errors import UserError
+from lit_gen.task import Task
 
 # Number of a shard -> its samples, as `write_tar` takes them.
 Samples = Callable[[int], Iterable[dict[str, str | bytes]]]
@@ -36,48 +37,6 @@ Samples = Callable[[int], Iterable[dict[str, str | bytes]]]
 
 class Paused(Exception):
     """A signal asked to stop; what is written stays, and the same command continues."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One of `count` parts of the work: the shards number, number + count, number + 2 count, …"""
-
-    number: int = 0
-    count: int = 1
-
-    @staticmethod
-    def parse(text: str | None) -> Task:
-        """`--task I/N`; without it this process's part of its SLURM job."""
-        if text is None:
-            return Task.of_job()
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
-        if not match or int(match[1]) >= int(match[2]):
-            raise UserError(f"--task {text}: a task is I/N with I from 0 to N - 1, e.g. 0/4, 1/4, 2/4 and 3/4")
-        return Task(int(match[1]), int(match[2]))
-
-    @staticmethod
-    def of_job(environment: Mapping[str, str] = os.environ) -> Task:
-        """The part of an array task, and of a process that `srun` started; all of the work anywhere else.
-
-        Raises:
-            UserError: the array's numbers have gaps, so that nobody knows the other parts.
-        """
-
-        def variable(name: str, default: int) -> int:
-            return int(environment.get(f"SLURM_{name}") or default)
-
-        position, count = 0, variable("ARRAY_TASK_COUNT", 1)
-        if count > 1:
-            first, last, step = (variable(f"ARRAY_TASK_{name}", 1) for name in ("MIN", "MAX", "STEP"))
-            position, beyond = divmod(variable("ARRAY_TASK_ID", first) - first, step)
-            if beyond or (last - first) // step + 1 != count:
-                raise UserError(
-                    f"the SLURM array has {count} tasks from {first} to {last}, with gaps; say which part of the work "
-                    "is this one's with --task, e.g. --task $SLURM_ARRAY_TASK_ID/64"
-                )
-        # Not SLURM_NTASKS: a batch script has it too, and is the only process that runs it.
-        processes = variable("STEP_NUM_TASKS", 1)
-        return Task(position * processes + variable("PROCID", 0) % processes, count * processes)
 
 
 @dataclass

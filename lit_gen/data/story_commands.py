@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import get_args
 
 from lit_gen.data.shards import ShardSet
-from lit_gen.data.split import Task
 from lit_gen.errors import UserError
+from lit_gen.task import Task
 
 
 def pack_stories(argv: list[str]) -> int:

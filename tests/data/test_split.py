@@ -20,8 +20,9 @@ from lit_gen.data.build import build
 from lit_gen.data.command import main
 from lit_gen.data.module import Images
 from lit_gen.data.shards import ShardSet
-from lit_gen.data.split import Paused, Task, locked, own_devices
+from lit_gen.data.split import Paused, locked, own_devices
 from lit_gen.errors import ShardError, UserError
+from lit_gen.task import Task
 
 ROOT = Path(__file__).parents[2]
 SET = dict(kind="images", recipe="photo", split="train", count=30, seed=5, size=32, samples_per_shard=3)
