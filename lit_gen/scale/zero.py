@@ -53,7 +53,7 @@ class ZeRO(DeepSpeedStrategy):
         try:
             import deepspeed  # noqa: F401
         except ImportError:
-            raise UserError("the strategy ZeRO needs DeepSpeed: pip install 'lit_gen[deepspeed]'") from None
+            raise UserError("the strategy ZeRO needs DeepSpeed: pip install 'deepspeed>=0.19.8,<0.20'") from None
         if offload == "all" and stage != 3:
             raise UserError(f"trainer.strategy: offload: all needs stage: 3, not {stage}, which leaves weights whole")
         super().__init__(
