@@ -308,7 +308,8 @@ def checkpoint_engine(engine: Any) -> Any:
         def save(self, state_dict: dict[str, Any], path: str) -> None:
             part = state_dict.get("optimizer_state_dict") or {}
             if "single_partition_of_fp32_groups" in part:  # pieces of the flat weights, all of which would be written
-                part["single_partition_of_fp32_groups"] = [p.cpu() for p in part["single_partition_of_fp32_groups"]]
+                groups = part["single_partition_of_fp32_groups"]
+                part["single_partition_of_fp32_groups"] = [group.detach().to("cpu", copy=True) for group in groups]
             try:
                 with open(path, "wb") as file:
                     torch.save(state_dict, file)

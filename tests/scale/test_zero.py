@@ -19,6 +19,7 @@ from zero_ranks import CASES, MIDDLE, STEPS, middle, run_pair, train
 
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Method
+from lit_gen.scale.consolidate import parts_of, read_part
 from lit_gen.scale.zero import ZeRO, ZeROPrecision, checkpoint_engine, refuse
 from lit_gen.weights import read_checkpoint
 
@@ -85,6 +86,14 @@ def test_checkpoints_hold_what_one_process_would_save(case: str, trainings: Trai
     assert found.keys() == expected.keys()  # nothing frozen, for one thing
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", ZEROS)
+def test_a_process_writes_no_more_than_its_part(case: str, trainings: Trainings) -> None:
+    for part in parts_of(middle(trainings[0] / case), "optim"):
+        state = read_part(part)["optimizer_state_dict"]
+        for weights in state["fp32_flat_groups" if case == "zero3" else "single_partition_of_fp32_groups"]:
+            assert weights.untyped_storage().nbytes() - weights.nbytes < 1000  # padding, and not the others' parts
 
 
 @pytest.mark.parametrize("case", ["zero2", "zero3", "zero3 second stage"])
