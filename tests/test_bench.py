@@ -128,7 +128,7 @@ def test_a_comparison_says_what_else_changed(capsys: pytest.CaptureFixture[str])
         (["-c", "toy.yaml", "--arm", "a: --model.widht 3"], "did you mean `width`?"),
         (["-c", "toy.yaml", "--steps", "many"], "--steps needs a number, not 'many'"),
         (["-c", "toy.yaml", "--rounds", "0"], "--rounds must be at least 1"),
-        (["-c", "toy.yaml", "--task", "2/2"], "--task 2/2: give it as I/N"),
+        (["-c", "toy.yaml", "--task", "2/2"], "--task 2/2: a task is I/N"),
         (["-c", "toy.yaml", "--smoke"], "bench has no option --smoke"),
         (["-c", "toy.yaml", "--baseline", "none.json"], "--baseline none.json: no such file"),
         (["-c", "toy.yaml", "--baseline", "toy.yaml"], "toy.yaml: not a bench.json"),
