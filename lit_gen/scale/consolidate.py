@@ -22,9 +22,7 @@ from lit_gen.weights import read_torch
 TAG = "checkpoint"  # Lightning's name of the folder within the folder
 FROZEN = "frozen_state_dict"  # weights and buffers that are stored but not trained
 NAMES = "optimizer_names"  # trained parameters by parameter group, in the optimizer's order
-ORDERS = (
-    "memory_orders"  # of weights whose numbers lie in another order of dimensions than their own, e.g. channels last
-)
+ORDERS = "memory_orders"  # of dimensions, of weights that lie otherwise than their shape says, e.g. channels last
 # What DeepSpeed adds to a checkpoint of Lightning's.
 DEEPSPEED = (
     "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",

@@ -50,7 +50,7 @@ class Reduction:
         self.optimizer = optimizer
         self.device = optimizer.bit16_groups_flat[0].device
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.producers: set[Any] = set()  # streams that gradients of the next bucket were written on
+        self.producers: set[Any] = set()  # streams that gradients of this backward pass were written on
         self.free: list[Any] = [None] * SLOTS  # events: what was in the slot has been sent
         self.parts = [torch.zeros(int(n), device=self.device) for n in optimizer.partition_size]
         self.buckets = list(self._cut(size))
@@ -127,7 +127,6 @@ class Reduction:
                 for weight in bucket.weights:
                     if weight.grad is not None:
                         weight.grad.record_stream(current)  # it was written on another
-            self.producers.clear()
             if self.free[slot] is not None:
                 current.wait_event(self.free[slot])
         pairs = list(zip(bucket.views, bucket.weights, strict=True))
@@ -172,6 +171,7 @@ class Reduction:
             for i in range(self.sent, len(self.buckets)):
                 self._send(self.buckets[i], i % SLOTS)
             self.sent, self.started, self.fresh = 0, False, False
+            self.producers.clear()
             if self.side is not None:
                 torch.cuda.current_stream(self.device).wait_stream(self.side)
         self.optimizer._epilogue_ran_this_backward = True
@@ -229,19 +229,22 @@ def flattened_as_they_lie() -> Iterator[None]:
 
     flatten, view = Optimizer.flatten_dense_tensors_aligned, Optimizer._update_model_bit16_weights
 
-    def in_memory_order(
+    def flatten_as_they_lie(
         self: Any, weights: list[Any], alignment: int, use_cpu_data: bool = False, param_padding: Any = None
     ) -> Tensor:
         weights = [weight.cpu_data if use_cpu_data else weight for weight in weights]
         return flatten(self, [w.permute(order_in_memory(w)) for w in weights], alignment, False, param_padding)
 
-    def with_strides(self: Any, group: int) -> None:
+    def view_as_they_lay(self: Any, group: int) -> None:
         flat, starts = self.bit16_groups_flat[group], self.round_robin_bit16_offsets[group]
         metas = self.round_robin_bit16_meta[group]
         for weight, meta, start in zip(self.round_robin_bit16_groups[group], metas, starts, strict=True):
             weight.data = flat.narrow(0, start, meta.numel()).as_strided(meta.shape, meta.stride()).data
 
-    Optimizer.flatten_dense_tensors_aligned, Optimizer._update_model_bit16_weights = in_memory_order, with_strides
+    Optimizer.flatten_dense_tensors_aligned, Optimizer._update_model_bit16_weights = (
+        flatten_as_they_lie,
+        view_as_they_lay,
+    )
     try:
         yield
     finally:
