@@ -4,7 +4,8 @@ DeepSpeed's own code copies each gradient into a bucket, casts the bucket, waits
 and then walks all parameters in Python several times, all of which costs a tenth of a step and more where steps are
 short. Here buckets are runs of the flat vector that DeepSpeed keeps the weights in, filled by one kernel in the
 precision they are sent in, and summed into the process that owns that run while the backward pass goes on; nothing
-waits for the device. Weights in channels last stay so: they lie in the flat vector as they lie in memory.
+waits for the device. Weights are sent while those after them are stepped. Weights in channels last stay so: they lie in
+the flat vector as they lie in memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from lit_gen.scale.pieces import step_in_pieces
 
 SLOTS = 2  # buckets that can be on their way at once
 
@@ -43,11 +46,11 @@ class Reduction:
     Args:
         optimizer: `DeepSpeedZeroOptimizer` of stage 2, nothing of which is offloaded.
         dtype: what gradients are sent in; they are kept in float32.
-        size: numbers in a bucket.
+        size: numbers in a bucket, and in a piece of the weights.
     """
 
     def __init__(self, optimizer: Any, dtype: torch.dtype, size: int) -> None:
-        self.optimizer = optimizer
+        self.optimizer, self.size = optimizer, size
         self.device = optimizer.bit16_groups_flat[0].device
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.producers: set[Any] = set()  # streams that gradients of this backward pass were written on
@@ -179,8 +182,6 @@ class Reduction:
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Clip, step and gather the weights; gradients that are not finite change nothing, as with DeepSpeed."""
-        from deepspeed.runtime.utils import all_gather_dp_groups
-
         optimizer, inner, own = self.optimizer, self.optimizer.optimizer, self.optimizer.single_partition_of_fp32_groups
         square = torch.stack([torch.linalg.vector_norm(part) for part in self.parts]).square().sum()
         dist.all_reduce(square, group=optimizer.dp_process_group)
@@ -190,23 +191,38 @@ class Reduction:
             weights.grad = part
         if all(group.get("fused") for group in inner.param_groups):  # it heeds both on the device
             inner.grad_scale, inner.found_inf = scale, norm.isfinite().logical_not().float()
-            inner.step()
+            self._step_and_gather()
             del inner.grad_scale, inner.found_inf
         elif norm.isfinite():
             for part in self.parts:
                 part.div_(scale)
-            inner.step()
+            self._step_and_gather()
         for weights in own:
             weights.grad = None
         optimizer._lazy_init_hp_params_optimizer_state()
-        all_gather_dp_groups(
-            optimizer.bit16_groups_flat,
-            optimizer.parallel_partitioned_bit16_groups,
-            optimizer.real_dp_process_group,
-            optimizer.nccl_start_alignment_factor,
-            optimizer.allgather_bucket_size,
-        )
         self.fresh = True
+
+    def _step_and_gather(self) -> None:
+        """A piece of the weights goes to the other processes while the next is stepped."""
+        for low, high in step_in_pieces(self.optimizer.optimizer, self.size):
+            with self._aside():
+                for group in range(len(self.parts)):
+                    self._gather(group, low, high)
+        if self.side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.side)
+
+    def _gather(self, group: int, low: int, high: int) -> None:
+        """Numbers low to high of every process's own weights, from each to all others."""
+        processes = self.optimizer.real_dp_process_group[group]
+        owned = self.optimizer.parallel_partitioned_bit16_groups[group]
+        if low >= len(owned[0]):
+            return
+        # All at once, so that each direction is used; NCCL's own all-gather would need them to lie side by side.
+        at_once = dist._coalescing_manager(processes, self.device) if self.side is not None else nullcontext()
+        with at_once:
+            for rank, weights in enumerate(owned):
+                source = dist.get_global_rank(processes, rank)
+                dist.broadcast(weights[low:high], source, group=processes, async_op=self.side is not None)
 
 
 # -- memory layout ----------------------------------------------------------------------------------------------------
