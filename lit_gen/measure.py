@@ -25,6 +25,7 @@ from lit_gen.callbacks.speed import UNKNOWN, Counts, Speed, kind_of, peak_memory
 from lit_gen.data.loader import endless
 from lit_gen.errors import UserError
 from lit_gen.experiment import Run
+from lit_gen.scale.ddp import DDP
 from lit_gen.scale.shards import size
 from lit_gen.stage import SMOKE_NOTHING, Command
 from lit_gen.trace import Trace
@@ -240,7 +241,7 @@ class BareLoop:
         reasons = {
             # whose subclasses, DeepSpeed's among them, go other ways
             f"{type(trainer.strategy).__name__} has a way of its own": type(trainer.strategy)
-            not in (SingleDeviceStrategy, DDPStrategy),
+            not in (SingleDeviceStrategy, DDPStrategy, DDP),
             "the method optimizes manually": not module.automatic_optimization,
             "trainer.accumulate_grad_batches is more than 1": trainer.accumulate_grad_batches > 1,
             f"{trainer.precision} scales its gradients": getattr(trainer.precision_plugin, "scaler", None) is not None,

@@ -196,12 +196,12 @@ def test_a_measured_model_is_not_exported() -> None:
 def test_two_processes(toy: Path) -> None:
     toy.write_text(toy.read_text().split("stages:")[0])
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    arm = "two: --trainer.devices 2 --trainer.strategy ddp --bare"
+    arm = "two: --trainer.devices 2 --trainer.strategy.class_path lit_gen.scale.ddp.DDP --bare"
     command = [sys.executable, "-m", "lit_gen", "bench", "-c", "toy.yaml", *SHORT, "--arm", arm]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     (row,) = rows()
-    assert row["devices"] == 2 and row["strategy"] == "DDPStrategy" and row["stage"] == ""
+    assert row["devices"] == 2 and row["strategy"] == "DDP" and row["stage"] == ""
     assert row["samples_per_second"] == pytest.approx(2 * row["samples_per_second_per_device"], rel=1e-3)
     assert done.stdout.count("| two | 2 |") == 1
 

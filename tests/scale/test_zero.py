@@ -59,7 +59,7 @@ def alone(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 @pytest.mark.parametrize(
-    "case", ["ddp", *ZEROS, *OFFLOADED, "ddp accumulated", "zero2 accumulated", "zero3 accumulated"]
+    "case", ["torch's ddp", "ddp", *ZEROS, *OFFLOADED, "ddp accumulated", "zero2 accumulated", "zero3 accumulated"]
 )
 def test_a_global_batch_gives_one_run_under_any_strategy(case: str, trainings: Trainings, alone: Any) -> None:
     folder, results = trainings
@@ -112,6 +112,11 @@ def test_gradients_that_are_not_finite_change_nothing(trainings: Trainings) -> N
         assert spoilt["losses"][:2] == straight["losses"][:2]  # the second step is lost
         assert all(torch.isfinite(weight).all() for weight in spoilt["weights"].values())
         assert spoilt["losses"][2:] != straight["losses"][2:]
+
+
+def test_ddp_names_a_weight_without_a_gradient(trainings: Trainings) -> None:
+    for rank in trainings[1]["without a gradient"]:
+        assert "2 of 4 weights had no gradient, e.g. idle.weight" in rank["error"]
 
 
 def test_weights_of_an_earlier_stage_stay_in_the_checkpoint(trainings: Trainings) -> None:

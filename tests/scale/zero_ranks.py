@@ -31,9 +31,11 @@ from lit_gen.diffusion.style_adapter import Adapter
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Optimizer
 from lit_gen.methods.stylecrafter import StyleCrafter
+from lit_gen.scale.ddp import DDP, Averaging
 from lit_gen.scale.zero import ZeRO
 
 GLOBAL_BATCH, STEPS, MIDDLE = 4, 4, 2
+BUCKET = 20_000  # numbers, so that there are several buckets
 RANK, WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # Lightning will forget them
 
 
@@ -176,7 +178,7 @@ def middle(folder: Path) -> Path:
 
 
 def zero(stage: int, offload: str = "none") -> CPUZeRO:
-    return CPUZeRO(stage, offload, bucket=100_000)
+    return CPUZeRO(stage, offload, bucket=BUCKET)
 
 
 def refused(folder: Path, base: str, ckpt: Path) -> dict[str, Any]:
@@ -220,8 +222,22 @@ def full_disk(folder: Path, base: str) -> dict[str, Any]:
     return {"error": ""}
 
 
+def without_a_gradient(folder: Path, base: str) -> dict[str, Any]:
+    """What DDP objects when a trained weight takes no part."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("used", "idle")})
+    averaging = Averaging(dict(model.named_parameters()), 100)
+    try:
+        model["used"](torch.ones(1, 2)).sum().backward()
+    except RuntimeError as error:
+        return {"error": str(error)}
+    finally:
+        averaging.remove()
+    return {"error": ""}
+
+
 CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
-    "ddp": lambda f, b: train(f, b, "ddp"),
+    "torch's ddp": lambda f, b: train(f, b, "ddp"),
+    "ddp": lambda f, b: train(f, b, DDP(BUCKET), turned=True),
     **{f"zero{i}": lambda f, b, i=i: train(f, b, zero(i), turned=i == 2) for i in (1, 2, 3)},
     **{
         f"zero{i} resumed": lambda f, b, i=i: train(f, b, zero(i), ckpt=middle(f.with_name(f"zero{i}")), turned=i == 2)
@@ -230,10 +246,10 @@ CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "zero2 spoilt": lambda f, b: train(f, b, zero(2), turned=True, spoilt=1),
     "zero2 offloaded": lambda f, b: train(f, b, zero(2, offload="optimizer")),
     "zero3 offloaded": lambda f, b: train(f, b, zero(3, offload="all")),
-    "ddp accumulated": lambda f, b: train(f, b, "ddp", accumulate=2),
+    "ddp accumulated": lambda f, b: train(f, b, DDP(BUCKET), accumulate=2),
     "zero2 accumulated": lambda f, b: train(f, b, zero(2), accumulate=2),
     "zero3 accumulated": lambda f, b: train(f, b, zero(3), accumulate=2),
-    "ddp mixed": lambda f, b: train(f, b, "ddp", precision="bf16-mixed"),
+    "ddp mixed": lambda f, b: train(f, b, DDP(BUCKET), precision="bf16-mixed"),
     "zero2 mixed": lambda f, b: train(f, b, zero(2), precision="bf16-mixed"),
     "zero3 mixed": lambda f, b: train(f, b, zero(3), precision="bf16-mixed"),
     "zero3 second stage": lambda f, b: train(
@@ -246,6 +262,7 @@ CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "from one process": lambda f, b: refused(f, b, halved(middle(f.with_name("zero2")), f)),
     "from another order": lambda f, b: refused(f, b, middle(f.with_name("zero2"))),
     "full disk": full_disk,
+    "without a gradient": without_a_gradient,
 }
 
 

@@ -1,0 +1,185 @@
+"""Gradients in buckets, which are reduced over the processes while the backward pass goes on.
+
+A bucket is a run of a long vector, in which weights lie one after another. It is filled by one kernel, in the precision
+it is sent in, once all its gradients are there, beside the backward pass and not in its way; nothing waits for the
+device. Weights in channels last lie in the vector as they lie in memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass
+class Bucket:
+    """Weights that lie one after another in a vector, from `start` to `end`."""
+
+    vector: int
+    start: int
+    end: int
+    weights: list[nn.Parameter]
+    starts: list[int]  # of each weight
+    numbers: Tensor = field(init=False)  # what is sent, [end - start]
+    views: list[Tensor] = field(default_factory=list)  # of it, one per weight, shaped and laid out as it
+    gaps: list[Tensor] = field(default_factory=list)  # of it, between weights
+    arrived: set[int] = field(default_factory=set)  # positions in `weights`
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.arrived) == len(self.weights)
+
+    def lie_in(self, numbers: Tensor) -> None:
+        """Have `numbers`, of this length, be what is sent."""
+        self.numbers, at = numbers, 0
+        for weight, start in zip(self.weights, self.starts, strict=True):
+            run = numbers[start - self.start :][: weight.numel()]
+            self.views.append(run.as_strided(weight.shape, weight.stride()))
+            self.gaps.append(numbers[at : start - self.start])
+            at = start - self.start + weight.numel()
+        self.gaps = [gap for gap in [*self.gaps, numbers[at:]] if len(gap)]
+
+    def fill(self) -> None:
+        """Take the gradients, and zeros for those that there are not."""
+        pairs = [(view, weight.grad) for view, weight in zip(self.views, self.weights, strict=True)]
+        if empty := [*self.gaps, *(view for view, gradient in pairs if gradient is None)]:
+            torch._foreach_zero_(empty)
+        there = [(v, g) for v, g in pairs if g is not None and g.data_ptr() != v.data_ptr()]
+        if there:
+            torch._foreach_copy_(*(list(side) for side in zip(*there, strict=True)))
+
+
+def cut(vectors: Sequence[Sequence[tuple[int, nn.Parameter]]], size: int) -> Iterator[Bucket]:
+    """Buckets of whole weights, of up to `size` numbers if these are no larger, from the last to the first.
+
+    Args:
+        vectors: the weights of each, and where they start, in order.
+        size: numbers in a bucket.
+    """
+    for vector, runs in reversed(list(enumerate(vectors))):
+        members: list[tuple[int, nn.Parameter]] = []
+        end = runs[-1][0] + runs[-1][1].numel()
+        for start, weight in reversed(runs):
+            if members and end - start > size:
+                yield Bucket(vector, members[0][0], end, [w for _, w in members], [s for s, _ in members])
+                end, members = members[0][0], []
+            members.insert(0, (start, weight))
+        yield Bucket(vector, members[0][0], end, [w for _, w in members], [s for s, _ in members])
+
+
+class Buckets(ABC):
+    """Reduces gradients as they arrive; a subclass says what becomes of a bucket.
+
+    Args:
+        buckets: of all weights, each with its numbers.
+        device: of the weights.
+    """
+
+    def __init__(self, buckets: list[Bucket], device: torch.device) -> None:
+        self.buckets, self.device = buckets, device
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.producers: set[Any] = set()  # streams that gradients of this backward pass were written on
+        self.sent = 0  # buckets of this backward pass
+        self.started = False  # whether a gradient has arrived since the last pass
+        self._whole: list[int] = []  # buckets of the first pass, as they became whole
+        self._ordered = False
+        self._find_places()
+        weights = [weight for bucket in buckets for weight in bucket.weights]
+        self.hooks = [weight.register_post_accumulate_grad_hook(self.ready) for weight in weights]
+
+    @abstractmethod
+    def reduce(self, bucket: Bucket) -> None:
+        """Send `bucket.numbers`; runs on a stream of its own, on which nothing of this bucket is used later."""
+
+    def _find_places(self) -> None:
+        self.place = {id(w): (b, i) for b, bucket in enumerate(self.buckets) for i, w in enumerate(bucket.weights)}
+
+    def ready(self, weight: nn.Parameter) -> None:
+        """A gradient is there; buckets that are whole are sent, in the same order on every process."""
+        index, position = self.place[id(weight)]
+        if index < self.sent:
+            raise RuntimeError("a weight had two gradients in one backward pass; checkpointing must not be reentrant")
+        bucket, self.started = self.buckets[index], True
+        bucket.arrived.add(position)
+        if self.side is not None:
+            self.producers.add(torch.cuda.current_stream(self.device))
+        if not bucket.is_whole:
+            return
+        if not self._ordered:
+            self._whole.append(index)
+        while self.sent < len(self.buckets) and self.buckets[self.sent].is_whole:
+            self._send(self.buckets[self.sent])
+            self.sent += 1
+
+    @torch.no_grad()
+    def _send(self, bucket: Bucket) -> None:
+        with self._aside():
+            if self.side is not None:
+                for weight in bucket.weights:
+                    if weight.grad is not None:
+                        weight.grad.record_stream(self.side)
+            bucket.fill()
+            self.reduce(bucket)
+        for weight in bucket.weights:
+            weight.grad = None
+        bucket.arrived.clear()
+
+    def _aside(self) -> AbstractContextManager:
+        """Within, the device works on what follows when what came before is done, beside what comes after."""
+        if self.side is None:
+            return nullcontext()
+        for stream in self.producers | {torch.cuda.current_stream(self.device)}:
+            self.side.wait_stream(stream)
+        return torch.cuda.stream(self.side)
+
+    def finish(self) -> bool:
+        """After a backward pass: send the rest, in which what had no gradient counts as zero.
+
+        Returns:
+            Whether there was one.
+        """
+        if not self.started:
+            return False
+        for bucket in self.buckets[self.sent :]:
+            self._send(bucket)
+        self.sent, self.started = 0, False
+        self.producers.clear()
+        if self.side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.side)
+        if not self._ordered:
+            self._take_order()
+        return True
+
+    def _take_order(self) -> None:
+        """From now on send buckets in the order in which they became whole in the first process's first pass."""
+        late = [i for i in range(len(self.buckets)) if i not in self._whole]
+        order = torch.tensor([*self._whole, *late], device=self.device)
+        dist.broadcast(order, 0)
+        self.buckets = [self.buckets[i] for i in order.tolist()]
+        self._ordered = True
+        self._find_places()
+
+
+def average(numbers: Tensor, group: Any, owner: int | None = None, wait: bool = True) -> Any:
+    """Have numbers become their mean over the processes of a group.
+
+    Args:
+        numbers: of this process; changed in place.
+        group: of processes.
+        owner: the one process of the group on which they do; on the others they are spoilt.
+        wait: for what is given back otherwise, on the device's current stream.
+    """
+    op = dist.ReduceOp.AVG
+    if dist.get_backend(group) != "nccl":  # which divides as it sums
+        op = dist.ReduceOp.SUM
+        numbers.div_(dist.get_world_size(group))
+    if owner is None:
+        return dist.all_reduce(numbers, op, group=group, async_op=not wait)
+    return dist.reduce(numbers, dist.get_global_rank(group, owner), op, group=group, async_op=not wait)
