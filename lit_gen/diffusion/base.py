@@ -29,6 +29,11 @@ TRUSTED = {"use_safetensors": True, "attn_implementation": "sdpa"}
 SECOND = {"tokenizer": "tokenizer_2", "text_encoder": "text_encoder_2"}  # SDXL has two
 
 
+def precision_of(network: nn.Module) -> torch.dtype:
+    """What a network's weights are kept in. diffusers' own `dtype` walks through all modules each time it is asked."""
+    return next(network.parameters()).dtype
+
+
 class Base(nn.Module):
     """The parts of a text-to-image (and text-to-video) model, frozen and in eval mode; parts not asked for are None.
 
@@ -103,12 +108,12 @@ class Base(nn.Module):
 
     def _posteriors(self, images: Tensor) -> list[Any]:
         with self._own_precision():
-            parts = images.to(self.vae.dtype).split(_at_once(*images.shape[-2:]))
+            parts = images.to(precision_of(self.vae)).split(_at_once(*images.shape[-2:]))
             return [self.vae.encode(part).latent_dist for part in parts]
 
     def draw(self, posterior: Tensor) -> Tensor:
         """Scaled latents [...] C h w drawn from posteriors [...] 2 C h w, which may be of a lower precision."""
-        mean, std = posterior.to(self.vae.dtype).unbind(-4)
+        mean, std = posterior.to(precision_of(self.vae)).unbind(-4)
         return self._scaled(mean + std * torch.randn(mean.shape, dtype=mean.dtype, device=mean.device))
 
     def _scaled(self, latents: Tensor) -> Tensor:
@@ -120,7 +125,7 @@ class Base(nn.Module):
         latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         height, width = (side * self.downscale for side in latents.shape[-2:])
         with self._own_precision():
-            parts = latents.to(self.vae.dtype).split(_at_once(height, width))
+            parts = latents.to(precision_of(self.vae)).split(_at_once(height, width))
             return torch.cat([self.vae.decode(part).sample.float().clamp(-1, 1) for part in parts])
 
     def _own_precision(self) -> torch.autocast:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from lit_gen.errors import UserError
 from lit_gen.methods.base import Optimizer
 from lit_gen.metrics.scores import Scores
 
+FrozenDtype = Literal["float32", "bfloat16"]
 _STRIP = 8  # moments kept for the strips over time
 _DRIFT = 100  # steps before the end at which all latents are kept
 
@@ -32,6 +33,8 @@ class DistilledPictures(DistillationMethod):
         discriminator_lr: learning rate of the discriminators; `optimizer.lr` is that of the pictures.
         discriminator_weight_decay: of the discriminators.
         oracle: folder of the oracle that judges what is of the world; null for none.
+        frozen_dtype: precision that the teacher's network is kept in. "bfloat16" with `precision: bf16-mixed` saves the
+            casts of every pass and memory; what is trained stays float32.
         optimizer: settings of the optimizer.
     """
 
@@ -43,10 +46,14 @@ class DistilledPictures(DistillationMethod):
         discriminator_lr: float,
         discriminator_weight_decay: float,
         oracle: str | None,
+        frozen_dtype: FrozenDtype,
         optimizer: Optimizer,
     ) -> None:
         super().__init__(discriminator_lr, discriminator_weight_decay, optimizer)
         self.base = load_base(base, parts=PIPELINE_PARTS)
+        if frozen_dtype == "bfloat16":  # before it gets an adapter
+            for weight in self.base.unet.parameters():
+                weight.data = weight.data.to(torch.bfloat16)
         self.schedule = Schedule(self.base.scheduler, f"base {self.base.path!r}")
         self._oracle = oracle
         self.scores = Scores()

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lit_gen.diffusion.base import precision_of
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.distillation.contract import Prompts
 from lit_gen.errors import at_least
@@ -82,6 +83,8 @@ class LoRAFake(nn.Module):
         for parameter in unet.parameters():  # peft freezes the adapters that are already there
             parameter.requires_grad_(before.get(id(parameter), True))
         self._trained = [p for p in unet.parameters() if id(p) not in before]
+        for parameter in self._trained:  # they come in the precision of the frozen weights
+            parameter.data = parameter.data.float()
 
     def forward(self, noisy: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
         """Predicted noise B C h w."""
@@ -101,7 +104,8 @@ def grow_discriminator(
 
 def predict(unet: nn.Module, schedule: Schedule, noisy: Tensor, t: Tensor, text: Tensor, **given: Any) -> Tensor:
     """Noise B C h w, float32, that a UNet's output means."""
-    output = unet(noisy.to(unet.dtype), t, text.to(unet.dtype), **given).sample
+    dtype = precision_of(unet)
+    output = unet(noisy.to(dtype), t, text.to(dtype), **given).sample
     # A copy in any precision: what CUDA graphs return is a buffer of theirs, which the step's next pass overwrites.
     output = output.to(torch.float32, copy=True)
     return schedule.split(output, noisy, t)[1]

@@ -16,7 +16,7 @@ from lit_gen.diffusion.compile import Compile
 from lit_gen.diffusion.sampling import noise_from
 from lit_gen.diffusion.text import encode_text
 from lit_gen.distillation.contract import Prompts, Score
-from lit_gen.distillation.pictures import DistilledPictures
+from lit_gen.distillation.pictures import DistilledPictures, FrozenDtype
 from lit_gen.distillation.players import UNetTeacher, grow_discriminator
 from lit_gen.distillation.siblings import ASD, SDS, ClassifierSD
 from lit_gen.errors import UserError, at_least
@@ -51,6 +51,8 @@ class Particles(DistilledPictures):
         spread: standard deviation of the particles at the start.
         oracle: folder of the oracle that judges prompts of the world; null for none.
         truths: true pictures of each prompt that colours and variety are compared with.
+        frozen_dtype: precision that the teacher's network is kept in. "bfloat16" with `precision: bf16-mixed` saves the
+            casts of every pass and memory; what is trained stays float32.
         compile: compile the teacher's network, which is also the discriminator's; null does not.
         optimizer: settings of the optimizer.
     """
@@ -76,13 +78,14 @@ class Particles(DistilledPictures):
         spread: float = 1.0,
         oracle: str | None = None,
         truths: int = 256,
+        frozen_dtype: FrozenDtype = "float32",
         compile: Compile | None = None,
         optimizer: Optimizer = Optimizer(lr=0.03, weight_decay=0.0, clip_norm=0.0),
     ) -> None:
         at_least(1, particles=particles, discriminator_steps=discriminator_steps, rank=rank, truths=truths)
         if not 0 < spread < float("inf"):
             raise UserError(f"spread is {spread}; it must be above 0")
-        super().__init__(base, discriminator_lr, discriminator_weight_decay, oracle, optimizer)
+        super().__init__(base, discriminator_lr, discriminator_weight_decay, oracle, frozen_dtype, optimizer)
         self.space, self.count, self.truths = space, particles, truths
         self.texts, self.scenes = _read(prompts, world)
         self.register_buffer("text", encode_text(self.base.tokenizer, self.base.text_encoder, self.texts), False)

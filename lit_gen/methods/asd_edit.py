@@ -19,7 +19,7 @@ from lit_gen.data.images import read_picture
 from lit_gen.diffusion.text import encode_text
 from lit_gen.distillation.contract import Prompts, Score, ScoreDistillation, Timesteps
 from lit_gen.distillation.editing import CDS, DDS, DualASD, OriginReal
-from lit_gen.distillation.pictures import DistilledPictures
+from lit_gen.distillation.pictures import DistilledPictures, FrozenDtype
 from lit_gen.distillation.players import UNetTeacher, grow_discriminator
 from lit_gen.distillation.siblings import ASD, SDS
 from lit_gen.errors import UserError, at_least
@@ -69,6 +69,8 @@ class Edits(DistilledPictures):
         contrast_weight: of cds (official code 3).
         score: guidance, weighting and timesteps.
         oracle: folder of the oracle that judges edits of the world; null for none.
+        frozen_dtype: precision that the teacher's network is kept in. "bfloat16" with `precision: bf16-mixed` saves the
+            casts of every pass and memory; what is trained stays float32.
         optimizer: settings of the optimizer; `lr` is the step of an edit's latents in units of the gradient w (e - b).
     """
 
@@ -89,11 +91,12 @@ class Edits(DistilledPictures):
         contrast_weight: float = 3.0,
         score: Score = Score(guidance=7.5, weighting="uniform", timesteps=Timesteps(low=0.05, high=0.95)),
         oracle: str | None = None,
+        frozen_dtype: FrozenDtype = "float32",
         optimizer: Optimizer = Optimizer(lr=0.05, betas=(0.0, 0.99), weight_decay=0.0, clip_norm=0.0),
     ) -> None:
         at_least(1, rank=rank)
         at_least(0, contrast_weight=contrast_weight)
-        super().__init__(base, discriminator_lr, discriminator_weight_decay, oracle, optimizer)
+        super().__init__(base, discriminator_lr, discriminator_weight_decay, oracle, frozen_dtype, optimizer)
         self.truth: Tensor | None = None
         if edits is None:
             self.prompts, self.targets, before, self.after, self.changed = world.draw()

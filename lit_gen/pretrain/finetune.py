@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lit_gen.diffusion.base import Base, load_base
+from lit_gen.diffusion.base import Base, load_base, precision_of
 from lit_gen.diffusion.compile import Compile
 from lit_gen.diffusion.layout import keep_channels_last
 from lit_gen.diffusion.objective import Schedule
@@ -119,7 +119,7 @@ class Finetune(Method):
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Noise prediction error, averaged over the batch."""
-        clean, text = self.latents(batch).float(), batch["text_states"].to(self.unet.dtype)
+        clean, text = self.latents(batch).float(), batch["text_states"].to(precision_of(self.unet))
         t = self.schedule.sample_timesteps(len(clean), clean.device)
         noise = torch.randn_like(clean)
         noisy = self.schedule.add_noise(clean, noise, t)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +109,41 @@ def test_switching_adapters_touches_no_requires_grad(base: Base, prompts: Prompt
         for parameter in [*first.trained(), *second.trained()]:
             parameter.requires_grad_(True)
     check()
+
+
+@pytest.mark.parametrize("kind", ["lora", "embedding"])
+def test_a_teacher_of_lower_precision_trains_a_discriminator_of_full(base: Base, prompts: Prompts, kind: str) -> None:
+    schedule, x, t = Schedule(base.scheduler), latents(base), torch.tensor([100, 900])
+    exact = UNetTeacher(base.unet, schedule)(x, t, prompts.target)
+    base.unet.to(torch.bfloat16)
+    fake = make_fake(kind, base, prompts)
+    method = ASD(UNetTeacher(base.unet, schedule), schedule, Score(), fake)
+    assert all(weight.dtype == torch.float32 for weight in fake.trained())
+    for context in (torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False)):
+        with context:
+            found = fake(x, t, prompts)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, exact, rtol=0.1, atol=0.05)
+            method(x.requires_grad_(), prompts).total.backward()
+        assert any(weight.grad.abs().max() > 0 for weight in fake.trained())
+
+
+def test_a_step_does_not_look_through_all_modules(
+    base: Base, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = Schedule(base.scheduler)
+    method = ASD(UNetTeacher(base.unet, schedule), schedule, Score(), make_fake("lora", base, prompts))
+    method(latents(base).requires_grad_(), prompts)  # the first one does
+    walk, seen = nn.Module.named_modules, []
+
+    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        for found in walk(module, *args, **kwargs):
+            seen.append(found)
+            yield found
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    method(latents(base).requires_grad_(), prompts)
+    assert len(seen) < 50 < len([*base.unet.named_modules()])
 
 
 def count_passes(unet: nn.Module) -> list[tuple[int, bool]]:

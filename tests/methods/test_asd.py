@@ -45,6 +45,7 @@ def settings(base: Path, **more: object) -> dict:
         {"sibling": "sds", "space": "pixels"},
         {"sibling": "classifier", "prompts": ["a red cube", "a cat"]},
         {"sibling": "asd", "gamma": -0.5, "discriminator_steps": 2},
+        {"sibling": "asd", "frozen_dtype": "bfloat16"},
     ],
     ids=lambda m: "-".join(map(str, m.values())),
 )
@@ -56,6 +57,7 @@ def test_a_run_moves_the_particles_and_draws_them(lit_gen: Command, tiny_base: P
     assert weights["latents"].shape == start.shape and not torch.equal(weights["latents"], start)
     assert len(weights) == 1 or any("lora" in name or "offsets" in name for name in weights)
     assert not any("lora" not in name and name.startswith("base.") for name in weights)
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
     assert list(Path("runs/x/samples").glob("step-000004/particles.png"))
     measured = json.loads(Path("runs/x/metrics.json").read_text())["validate"]
     assert ("palette error" in measured) == ("prompts" not in more)
