@@ -96,6 +96,18 @@ def test_a_problem_is_named_with_its_line(
     assert len(set(lines)) == 1, captured.err  # once, though both stages have it
 
 
+@pytest.mark.parametrize(
+    ("strategy", "copies"),
+    [("lightning.pytorch.strategies.DDPStrategy", True), ("lit_gen.scale.ddp.DDP", False)],
+)
+def test_a_second_copy_of_gradients_is_counted(
+    strategy: str, copies: bool, sets: Path, lit_gen: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets.write_text(STYLED.format(**GOOD | {"trainer": f", devices: 2, strategy: {{class_path: {strategy}}}"}))
+    assert lit_gen("check", "-c", "a.yaml") == 0
+    assert ("buckets of DDP" in capsys.readouterr().out) == copies
+
+
 def test_problems_of_every_kind_come_together(sets: Path, lit_gen: Command, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {"train": "sets/smal.yaml", "interval": "soon", "init_from": "sets/last.ckpt"}
     sets.write_text(

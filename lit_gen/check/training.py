@@ -194,7 +194,7 @@ def _tell(report: Report, settings: dict[str, Any], size: Size, strategy: type |
         stage = _argument(trainer["strategy"], "stage", 2)
         parts |= {name: parts[name] // ranks for name in divided[stage]}
         parts["weights"] -= size.gradients * (ranks - 1) // ranks if stage == 3 else 0
-    elif ranks > 1 and not _argument(trainer["strategy"], "gradient_as_bucket_view", False):
+    elif ranks > 1 and not _keeps_gradients_in_buckets(strategy, trainer["strategy"]):
         parts["buckets of DDP"] = size.gradients
     if size.activations is not None:
         parts["activations"] = size.activations
@@ -209,6 +209,13 @@ def _tell(report: Report, settings: dict[str, Any], size: Size, strategy: type |
     count = checkpoint.get("keep", 2) + 1 + (max(trainer["max_steps"], 0) // apart if apart else 0)
     report.stored = each * count
     report.facts["disk"] = f"{bytes_of(report.stored)} for {count} checkpoints of {bytes_of(each)}, one being written"
+
+
+def _keeps_gradients_in_buckets(strategy: type | None, written: Any) -> bool:
+    from lit_gen.scale.ddp import DDP
+
+    ours = strategy is not None and issubclass(strategy, DDP)
+    return ours or bool(_argument(written, "gradient_as_bucket_view", False))
 
 
 def _is_zero(strategy: type | None) -> bool:
