@@ -103,7 +103,8 @@ def test_a_problem_is_named_with_its_line(
 def test_a_second_copy_of_gradients_is_counted(
     strategy: str, copies: bool, sets: Path, lit_gen: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sets.write_text(STYLED.format(**GOOD | {"trainer": f", devices: 2, strategy: {{class_path: {strategy}}}"}))
+    more = f", devices: 2, strategy: {{class_path: {strategy}}}"
+    sets.write_text(STYLED.format(**GOOD | {"trainer": more, "interval": "2"}))
     assert lit_gen("check", "-c", "a.yaml") == 0
     assert ("buckets of DDP" in capsys.readouterr().out) == copies
 
