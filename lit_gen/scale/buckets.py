@@ -96,7 +96,7 @@ class Buckets(ABC):
 
     @abstractmethod
     def reduce(self, bucket: Bucket) -> None:
-        """Send `bucket.numbers`; runs on a stream of its own, on which nothing of this bucket is used later."""
+        """Send `bucket.numbers`. On GPUs the current stream is the side stream, for which `finish` waits."""
 
     def _find_places(self) -> None:
         self.place = {id(w): (b, i) for b, bucket in enumerate(self.buckets) for i, w in enumerate(bucket.weights)}

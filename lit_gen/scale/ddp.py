@@ -20,9 +20,9 @@ ALIGNED = 4  # numbers; where a weight begins in its vector, as kernels that rea
 class DDP(DDPStrategy):
     """Every process holds everything; gradients are averaged while the backward pass goes on.
 
-    torch's DistributedDataParallel copies each gradient into its bucket by a kernel of its own, which costs the device
-    and the host as much as sending them does. Here one kernel copies a bucket's. Every trained weight must have a
-    gradient in every step, as there.
+    torch's DistributedDataParallel copies each gradient into its bucket by a kernel of its own, on the stream of the
+    backward pass. Here one kernel copies a bucket's, beside it. Every trained weight must have a gradient in every
+    step, as there.
 
     Args:
         bucket: gradients are sent this many numbers at a time.
@@ -76,9 +76,9 @@ class Averaging(Buckets):
         self.names = {id(weight): name for name, weight in weights.items()}
         self.paused = False
         self.works: list[Any] = []  # what is on its way
-        kinds: dict[tuple[torch.dtype, torch.device], list[tuple[int, nn.Parameter]]] = {}
+        kinds: dict[torch.dtype, list[tuple[int, nn.Parameter]]] = {}
         for weight in weights.values():
-            runs = kinds.setdefault((weight.dtype, weight.device), [])
+            runs = kinds.setdefault(weight.dtype, [])
             end = runs[-1][0] + runs[-1][1].numel() if runs else 0
             runs.append((-(-end // ALIGNED) * ALIGNED, weight))
         buckets = list(cut(list(kinds.values()), size))

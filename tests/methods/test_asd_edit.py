@@ -31,7 +31,13 @@ def settings(base: Path, **more: object) -> dict:
 
 
 @pytest.mark.parametrize(
-    "more", [{"sibling": s} for s in ("asd", "dds", "cds", "sds")] + [{"kind": "embedding"}], ids=str
+    "more",
+    [
+        *({"sibling": s} for s in ("asd", "dds", "cds", "sds")),
+        {"kind": "embedding"},
+        *({"sibling": s, "frozen_dtype": "bfloat16"} for s in ("asd", "cds")),
+    ],
+    ids=str,
 )
 def test_a_run_moves_the_pictures_and_draws_them(lit_gen: Command, tiny_base: Path, here: Path, more: dict) -> None:
     (here / "x.yaml").write_text(yaml.safe_dump(settings(tiny_base, **more)))

@@ -1,3 +1,5 @@
+"""A step in pieces gives what the whole step gives."""
+
 from __future__ import annotations
 
 from typing import Any
