@@ -85,7 +85,8 @@ class Buckets(ABC):
     def __init__(self, buckets: list[Bucket], device: torch.device) -> None:
         self.buckets, self.device = buckets, device
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.producers: set[Any] = set()  # streams that gradients of this backward pass were written on
+        self.producers: set[Any] = set()  # streams that gradients are written on, as seen in the first pass
+        self._taken: tuple[Any, list[Tensor | None]] | None = None  # the bucket before's gradients, and from when on
         self.sent = 0  # buckets of this backward pass
         self.started = False  # whether a gradient has arrived since the last pass
         self._whole: list[int] = []  # buckets of the first pass, as they became whole
@@ -108,7 +109,7 @@ class Buckets(ABC):
             raise RuntimeError("a weight had two gradients in one backward pass; checkpointing must not be reentrant")
         bucket, self.started = self.buckets[index], True
         bucket.arrived.add(position)
-        if self.side is not None:
+        if self.side is not None and not self._ordered:
             self.producers.add(torch.cuda.current_stream(self.device))
         if not bucket.is_whole:
             return
@@ -120,24 +121,36 @@ class Buckets(ABC):
 
     @torch.no_grad()
     def _send(self, bucket: Bucket) -> None:
+        self._free()
         with self._aside():
-            if self.side is not None:
-                for weight in bucket.weights:
-                    if weight.grad is not None:
-                        weight.grad.record_stream(self.side)
             bucket.fill()
+            if self.side is not None:
+                self._taken = self.side.record_event(), [weight.grad for weight in bucket.weights]
             self.reduce(bucket)
         for weight in bucket.weights:
             weight.grad = None
         bucket.arrived.clear()
 
+    def _free(self) -> None:
+        """Give back the memory of the bucket before's gradients, which has taken them long since.
+
+        `Tensor.record_stream` would do it at the price of an event for each gradient.
+        """
+        if self._taken is not None:
+            for stream in self._producing():
+                stream.wait_event(self._taken[0])
+            self._taken = None
+
     def _aside(self) -> AbstractContextManager:
         """Within, the device works on what follows when what came before is done, beside what comes after."""
         if self.side is None:
             return nullcontext()
-        for stream in self.producers | {torch.cuda.current_stream(self.device)}:
+        for stream in self._producing():
             self.side.wait_stream(stream)
         return torch.cuda.stream(self.side)
+
+    def _producing(self) -> set[Any]:
+        return self.producers | {torch.cuda.current_stream(self.device)}
 
     def finish(self) -> bool:
         """After a backward pass: send the rest, in which what had no gradient counts as zero.
@@ -150,9 +163,9 @@ class Buckets(ABC):
         for bucket in self.buckets[self.sent :]:
             self._send(bucket)
         self.sent, self.started = 0, False
-        self.producers.clear()
         if self.side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.side)
+        self._free()
         if not self._ordered:
             self._take_order()
         return True
