@@ -43,8 +43,8 @@ class Particles(DistilledPictures):
         shared: one noising for generator and discriminator.
         discriminator_steps: steps of the discriminator for one of the particles.
         official_v_target: the official code's target for v-predicting bases; for comparison only.
-        discriminator_lr: learning rate of the discriminator; `optimizer.lr` is that of the particles. An embedding wants
-            ten times what a LoRA does: at 1e-3 it stays where it starts, which makes asd and vsd Classifier SD.
+        discriminator_lr: learning rate of the discriminator; `optimizer.lr` is that of the particles. An embedding
+            wants ten times what a LoRA does: at 1e-3 it stays where it starts, so that asd and vsd are Classifier SD.
         discriminator_weight_decay: decay of the discriminator towards the teacher; with gamma -1 it gives the
             discriminator's loss a minimum.
         score: guidance, weighting and timesteps.

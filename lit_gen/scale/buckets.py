@@ -1,8 +1,8 @@
 """Gradients in buckets, which are reduced over the processes while the backward pass goes on.
 
-A bucket is a run of a long vector, in which weights lie one after another. It is filled by one kernel, in the precision
-it is sent in, once all its gradients are there, beside the backward pass and not in its way; nothing waits for the
-device. Weights in channels last lie in the vector as they lie in memory.
+A bucket is a run of a long vector, in which weights lie one after another. It is sent once all its gradients are there,
+beside the backward pass and not in its way; nothing waits for the device. Where gradients are copied for it, one kernel
+does so. Weights in channels last lie in the vector as they lie in memory.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Buckets(ABC):
     """Reduces gradients as they arrive; a subclass says what becomes of a bucket.
 
     Args:
-        buckets: of all weights, each with its numbers.
+        buckets: of all weights.
         device: of the weights.
     """
 
@@ -86,7 +86,6 @@ class Buckets(ABC):
         self.buckets, self.device = buckets, device
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.producers: set[Any] = set()  # streams that gradients are written on, as seen in the first pass
-        self._taken: tuple[Any, list[Tensor | None]] | None = None  # the bucket before's gradients, and from when on
         self.sent = 0  # buckets of this backward pass
         self.started = False  # whether a gradient has arrived since the last pass
         self._whole: list[int] = []  # buckets of the first pass, as they became whole
@@ -97,7 +96,7 @@ class Buckets(ABC):
 
     @abstractmethod
     def reduce(self, bucket: Bucket) -> None:
-        """Send `bucket.numbers`. On GPUs the current stream is the side stream, for which `finish` waits."""
+        """Send a bucket. On GPUs the current stream is the side stream, for which `finish` waits."""
 
     def _find_places(self) -> None:
         self.place = {id(w): (b, i) for b, bucket in enumerate(self.buckets) for i, w in enumerate(bucket.weights)}
@@ -121,35 +120,20 @@ class Buckets(ABC):
 
     @torch.no_grad()
     def _send(self, bucket: Bucket) -> None:
-        self._free()
         with self._aside():
-            bucket.fill()
-            if self.side is not None:
-                self._taken = self.side.record_event(), [weight.grad for weight in bucket.weights]
             self.reduce(bucket)
-        for weight in bucket.weights:
-            weight.grad = None
         bucket.arrived.clear()
-
-    def _free(self) -> None:
-        """Give back the memory of the bucket before's gradients, which has taken them long since.
-
-        `Tensor.record_stream` would do it at the price of an event for each gradient.
-        """
-        if self._taken is not None:
-            for stream in self._producing():
-                stream.wait_event(self._taken[0])
-            self._taken = None
 
     def _aside(self) -> AbstractContextManager:
         """Within, the device works on what follows when what came before is done, beside what comes after."""
         if self.side is None:
             return nullcontext()
-        for stream in self._producing():
+        for stream in self.producing():
             self.side.wait_stream(stream)
         return torch.cuda.stream(self.side)
 
-    def _producing(self) -> set[Any]:
+    def producing(self) -> set[Any]:
+        """The device's streams that gradients are written on."""
         return self.producers | {torch.cuda.current_stream(self.device)}
 
     def finish(self) -> bool:
@@ -165,7 +149,6 @@ class Buckets(ABC):
         self.sent, self.started = 0, False
         if self.side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.side)
-        self._free()
         if not self._ordered:
             self._take_order()
         return True
@@ -180,19 +163,33 @@ class Buckets(ABC):
         self._find_places()
 
 
-def average(numbers: Tensor, group: Any, owner: int | None = None, wait: bool = True) -> Any:
-    """Have numbers become their mean over the processes of a group.
+def average(numbers: Tensor, group: Any, owner: int) -> None:
+    """Have numbers, which change in place, become their mean over a group's processes on one, and spoil on the others.
 
     Args:
-        numbers: of this process; changed in place.
+        numbers: of this process.
         group: of processes.
-        owner: the one process of the group on which they do; on the others they are spoilt.
-        wait: for what is given back otherwise, on the device's current stream.
+        owner: rank in the group of the one process.
     """
-    op = dist.ReduceOp.AVG
-    if dist.get_backend(group) != "nccl":  # which divides as it sums
-        op = dist.ReduceOp.SUM
-        numbers.div_(dist.get_world_size(group))
-    if owner is None:
-        return dist.all_reduce(numbers, op, group=group, async_op=not wait)
-    return dist.reduce(numbers, dist.get_global_rank(group, owner), op, group=group, async_op=not wait)
+    dist.reduce(numbers, dist.get_global_rank(group, owner), _mean([numbers], group), group=group)
+
+
+def average_all(runs: Sequence[Tensor], group: Any) -> Any:
+    """Have vectors, which change in place, become their means over a group's processes, all by one kernel.
+
+    Returns:
+        What `wait` is to be called on before they are used.
+    """
+    op = _mean(runs, group)
+    with dist._coalescing_manager(group, async_ops=True) as works:
+        for numbers in runs:
+            dist.all_reduce(numbers, op, group=group)
+    return works
+
+
+def _mean(runs: Sequence[Tensor], group: Any) -> Any:
+    """The operation of which a mean comes; NCCL divides as it sums, for others vectors are divided before."""
+    if dist.get_backend(group) == "nccl":
+        return dist.ReduceOp.AVG
+    torch._foreach_div_(list(runs), dist.get_world_size(group))
+    return dist.ReduceOp.SUM

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_gen.errors import UserError
-from lit_gen.scale.reduction import in_order
+from lit_gen.scale.layout import in_order
 from lit_gen.scale.shards import join
 from lit_gen.weights import read_torch
 

@@ -1,8 +1,10 @@
-"""Distributed data parallelism with fewer kernels: what torch's own does, for networks of many small weights."""
+"""Distributed data parallelism without copies of the gradients: what torch's own does, with less work around it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,17 +14,19 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lit_gen.errors import at_least
-from lit_gen.scale.buckets import Bucket, Buckets, average, cut
+from lit_gen.scale.buckets import Bucket, Buckets, average_all, cut
+from lit_gen.scale.layout import has_no_gaps, lie_alike
 
-ALIGNED = 4  # numbers; where a weight begins in its vector, as kernels that read four at a time want it
+LARGE = 2**16  # numbers; from here on a gradient is sent from where it lies
+ALIGNED = 4  # numbers; where a small one begins in what is sent, as kernels that read four at a time want it
 
 
 class DDP(DDPStrategy):
     """Every process holds everything; gradients are averaged while the backward pass goes on.
 
     torch's DistributedDataParallel copies each gradient into its bucket by a kernel of its own, on the stream of the
-    backward pass. Here one kernel copies a bucket's, beside it. Every trained weight must have a gradient in every
-    step, as there.
+    backward pass. Here those of 65,536 numbers and more are averaged where they lie, and one kernel copies a bucket's
+    others. Every trained weight must have a gradient in every step, as there.
 
     Args:
         bucket: gradients are sent this many numbers at a time.
@@ -62,7 +66,7 @@ class DDP(DDPStrategy):
 
 
 class Averaging(Buckets):
-    """Has weights' gradients be means over all processes after each backward pass, as views of the buckets.
+    """Has weights' gradients be means over all processes after each backward pass.
 
     Args:
         weights: by name, on their device.
@@ -76,15 +80,11 @@ class Averaging(Buckets):
         self.names = {id(weight): name for name, weight in weights.items()}
         self.paused = False
         self.works: list[Any] = []  # what is on its way
-        kinds: dict[torch.dtype, list[tuple[int, nn.Parameter]]] = {}
+        kinds: dict[torch.dtype, list[nn.Parameter]] = {}
         for weight in weights.values():
-            runs = kinds.setdefault(weight.dtype, [])
-            end = runs[-1][0] + runs[-1][1].numel() if runs else 0
-            runs.append((-(-end // ALIGNED) * ALIGNED, weight))
-        buckets = list(cut(list(kinds.values()), size))
-        for bucket in buckets:
-            like = bucket.weights[0]
-            bucket.lie_in(torch.zeros(bucket.end - bucket.start, dtype=like.dtype, device=like.device))
+            kinds.setdefault(weight.dtype, []).append(weight)
+        buckets = list(cut([_in_a_row(kind) for kind in kinds.values()], size))
+        self.parts = {id(bucket): _split(bucket) for bucket in buckets}
         device = next(iter(weights.values())).device if weights else torch.device("cpu")
         super().__init__(buckets, device)
 
@@ -95,14 +95,25 @@ class Averaging(Buckets):
             torch.autograd.Variable._execution_engine.queue_callback(self.finish)
         super().ready(weight)
 
-    def reduce(self, bucket: Bucket) -> None:
+    def _send(self, bucket: Bucket) -> None:
         if without := [self.names[id(w)] for w in bucket.weights if w.grad is None]:
             raise RuntimeError(
                 f"{len(without)} of {len(bucket.weights)} weights had no gradient, e.g. {without[0]}: under DDP every "
                 "trained weight must take part in every step; freeze those that do not, or use "
                 "--trainer.strategy ddp_find_unused_parameters_true"
             )
-        self.works.append(average(bucket.numbers, torch.distributed.group.WORLD, wait=False))
+        for weight in bucket.weights:
+            if not lie_alike(weight.grad, weight):  # as it does on the other processes
+                weight.grad = torch.empty_like(weight).copy_(weight.grad)
+        super()._send(bucket)
+
+    def reduce(self, bucket: Bucket) -> None:
+        staying, copied = self.parts[id(bucket)]
+        numbers = [weight.grad.as_strided((weight.numel(),), (1,)) for weight in staying]
+        if copied is not None:
+            copied.fill()
+            numbers.append(copied.numbers)
+        self.works.append(average_all(numbers, torch.distributed.group.WORLD))
 
     def finish(self) -> bool:
         there = super().finish()
@@ -110,8 +121,8 @@ class Averaging(Buckets):
             for work in self.works:
                 work.wait()
             self.works.clear()
-            for bucket in self.buckets:
-                for weight, view in zip(bucket.weights, bucket.views, strict=True):
+            for _, copied in self.parts.values():
+                for weight, view in zip(copied.weights, copied.views, strict=True) if copied else ():
                     weight.grad = view
         return there
 
@@ -119,3 +130,20 @@ class Averaging(Buckets):
         """Leave the weights alone from now on."""
         for hook in self.hooks:
             hook.remove()
+
+
+def _in_a_row(weights: Sequence[nn.Parameter]) -> list[tuple[int, nn.Parameter]]:
+    """Weights and where each starts in a vector of them all."""
+    ends = itertools.accumulate((-(-weight.numel() // ALIGNED) * ALIGNED for weight in weights), initial=0)
+    return list(zip(ends, weights, strict=False))
+
+
+def _split(bucket: Bucket) -> tuple[list[nn.Parameter], Bucket | None]:
+    """The weights whose gradients are sent from where they lie, and the others with what theirs are sent in."""
+    staying = [weight for weight in bucket.weights if weight.numel() >= LARGE and has_no_gaps(weight)]
+    if len(staying) == len(bucket.weights):
+        return staying, None
+    stays = {id(weight) for weight in staying}
+    (copied,) = cut([_in_a_row([weight for weight in bucket.weights if id(weight) not in stays])], sys.maxsize)
+    copied.lie_in(torch.zeros(copied.end, dtype=copied.weights[0].dtype, device=copied.weights[0].device))
+    return staying, copied

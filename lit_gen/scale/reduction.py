@@ -8,7 +8,7 @@ owns that run; and weights are sent while those after them are stepped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_gen.scale.buckets import Bucket, Buckets, average, cut
+from lit_gen.scale.layout import order_in_memory
 from lit_gen.scale.pieces import step_in_pieces
 
 PIECES = 4  # of a process's weights; each costs the host a step and a broadcast
@@ -44,6 +45,7 @@ class Reduction(Buckets):
             bucket.lie_in(slot[: bucket.end - bucket.start])
         self.parts = [torch.zeros(int(n), device=device) for n in optimizer.partition_size]
         self.fresh = True  # whether nothing has been added up since the last step
+        self._taken: tuple[Any, list[Tensor | None]] | None = None  # the bucket before's gradients, and from when on
         for hook in optimizer._grad_acc_hooks:  # which look through all weights in each backward pass
             hook.remove()
         super().__init__(buckets, device)
@@ -61,8 +63,27 @@ class Reduction(Buckets):
             optimizer.single_partition_of_fp32_groups[group].data = owned[rank].data
         optimizer.step = self.step
 
+    def _send(self, bucket: Bucket) -> None:
+        self._free()
+        super()._send(bucket)
+        for weight in bucket.weights:
+            weight.grad = None
+
+    def _free(self) -> None:
+        """Give back the memory of the bucket before's gradients, which has taken them long since.
+
+        `Tensor.record_stream` would do it at the price of an event for each gradient.
+        """
+        if self._taken is not None:
+            for stream in self.producing():
+                stream.wait_event(self._taken[0])
+            self._taken = None
+
     def reduce(self, bucket: Bucket) -> None:
         """Average a bucket over the processes, and add the part of it that is this process's own."""
+        bucket.fill()
+        if self.side is not None:
+            self._taken = self.side.record_event(), [weight.grad for weight in bucket.weights]
         processes = self.optimizer.real_dp_process_group[bucket.vector]
         part, rank = self.parts[bucket.vector], dist.get_rank(processes)
         for owner in range(bucket.start // part.numel(), (bucket.end - 1) // part.numel() + 1):
@@ -76,6 +97,7 @@ class Reduction(Buckets):
     def finish(self) -> bool:
         """After a backward pass; see Buckets.finish."""
         there = super().finish()
+        self._free()
         self.fresh = self.fresh and not there
         self.optimizer._epilogue_ran_this_backward = True
         return there
@@ -125,19 +147,6 @@ class Reduction(Buckets):
             for rank, weights in enumerate(owned):
                 source = dist.get_global_rank(processes, rank)
                 dist.broadcast(weights[low:high], source, group=processes, async_op=self.side is not None)
-
-
-# -- memory layout ----------------------------------------------------------------------------------------------------
-
-
-def order_in_memory(weight: Tensor) -> tuple[int, ...]:
-    """Its dimensions from the one with the longest stride to that with the shortest."""
-    return tuple(sorted(range(weight.ndim), key=lambda d: (-weight.stride(d), -weight.shape[d], d)))
-
-
-def in_order(values: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
-    """Values [N] as they lie in memory, as the tensor of this shape whose dimensions lie there in this order."""
-    return values.view([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Method
 from lit_gen.scale.consolidate import FROZEN, NAMES, ORDERS, TAG, parts_of, read_part
-from lit_gen.scale.reduction import Reduction, flattened_as_they_lie, order_in_memory
+from lit_gen.scale.layout import order_in_memory
+from lit_gen.scale.reduction import Reduction, flattened_as_they_lie
 from lit_gen.scale.shards import unshard
 from lit_gen.weights import read_checkpoint, read_torch
 

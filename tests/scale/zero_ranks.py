@@ -31,11 +31,13 @@ from lit_gen.diffusion.style_adapter import Adapter
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Optimizer
 from lit_gen.methods.stylecrafter import StyleCrafter
+from lit_gen.scale import ddp
 from lit_gen.scale.ddp import DDP, Averaging
 from lit_gen.scale.zero import ZeRO
 
 GLOBAL_BATCH, STEPS, MIDDLE = 4, 4, 2
 BUCKET = 20_000  # numbers, so that there are several buckets
+ddp.LARGE = 500  # so that some gradients are sent from where they lie, and some are copied
 RANK, WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # Lightning will forget them
 
 
