@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lit_gen.scale.layout import has_no_gaps, lie_alike
+
 
 @dataclass
 class Bucket:
@@ -28,7 +30,8 @@ class Bucket:
     weights: list[nn.Parameter]
     starts: list[int]  # of each weight
     numbers: Tensor = field(init=False)  # what is sent, [end - start]
-    views: list[Tensor] = field(default_factory=list)  # of it, one per weight, shaped and laid out as it
+    runs: list[Tensor] = field(default_factory=list)  # of it, one per weight
+    views: list[Tensor] = field(default_factory=list)  # the same, shaped and laid out as the weight
     gaps: list[Tensor] = field(default_factory=list)  # of it, between weights
     arrived: set[int] = field(default_factory=set)  # positions in `weights`
 
@@ -41,14 +44,20 @@ class Bucket:
         self.numbers, at = numbers, 0
         for weight, start in zip(self.weights, self.starts, strict=True):
             run = numbers[start - self.start :][: weight.numel()]
-            self.views.append(run.as_strided(weight.shape, weight.stride()))
+            self.runs.append(run)
+            lies = run.as_strided(weight.shape, weight.stride()) if has_no_gaps(weight) else run.view_as(weight)
+            self.views.append(lies)
             self.gaps.append(numbers[at : start - self.start])
             at = start - self.start + weight.numel()
         self.gaps = [gap for gap in [*self.gaps, numbers[at:]] if len(gap)]
 
     def fill(self) -> None:
         """Take the gradients, and zeros for those that there are not."""
-        pairs = [(view, weight.grad) for view, weight in zip(self.views, self.weights, strict=True)]
+        pairs = [
+            # In a row where they can be: one kernel copies only what has the same strides, also along a side of one.
+            (run, g.as_strided(run.shape, (1,))) if g is not None and lie_alike(view, g) else (view, g)
+            for run, view, g in zip(self.runs, self.views, [weight.grad for weight in self.weights], strict=True)
+        ]
         if empty := [*self.gaps, *(view for view, gradient in pairs if gradient is None)]:
             torch._foreach_zero_(empty)
         there = [(v, g) for v, g in pairs if g is not None and g.data_ptr() != v.data_ptr()]
