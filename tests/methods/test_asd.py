@@ -223,6 +223,7 @@ def test_true_pictures_cover_what_prompts_leave_open_and_copies_of_one_do_not() 
     own = pictures_of(scenes, 32, seed=5)[0]
     fair, poor = (judge_prompts(x, scenes, 64, ORACLE) for x in (own, own[:1].expand(32, -1, -1, -1)))
     assert fair["prompt accuracy"] > 0.9 and fair["coverage error"] < 0.25 < 0.4 < poor["coverage error"]
+    assert fair["palette error"] < 0.04 and fair["sliced Wasserstein"] < 0.08, fair
     for name in ("size", "floor", "elevation", "across", "height"):
         assert fair[f"{name} coverage error"] < poor[f"{name} coverage error"], name
     truth = pictures_of(scenes, 200)[1]  # captions would say so of the others
