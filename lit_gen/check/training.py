@@ -194,7 +194,7 @@ def _tell(report: Report, settings: dict[str, Any], size: Size, strategy: type |
         stage = _argument(trainer["strategy"], "stage", 2)
         parts |= {name: parts[name] // ranks for name in divided[stage]}
         parts["weights"] -= size.gradients * (ranks - 1) // ranks if stage == 3 else 0
-    elif ranks > 1 and not _keeps_gradients_in_buckets(strategy, trainer["strategy"]):
+    elif ranks > 1 and not _holds_gradients_once(strategy, trainer["strategy"]):
         parts["buckets of DDP"] = size.gradients
     if size.activations is not None:
         parts["activations"] = size.activations
@@ -211,7 +211,7 @@ def _tell(report: Report, settings: dict[str, Any], size: Size, strategy: type |
     report.facts["disk"] = f"{bytes_of(report.stored)} for {count} checkpoints of {bytes_of(each)}, one being written"
 
 
-def _keeps_gradients_in_buckets(strategy: type | None, written: Any) -> bool:
+def _holds_gradients_once(strategy: type | None, written: Any) -> bool:
     from lit_gen.scale.ddp import DDP
 
     ours = strategy is not None and issubclass(strategy, DDP)

@@ -45,8 +45,8 @@ class Bucket:
         for weight, start in zip(self.weights, self.starts, strict=True):
             run = numbers[start - self.start :][: weight.numel()]
             self.runs.append(run)
-            lies = run.as_strided(weight.shape, weight.stride()) if has_no_gaps(weight) else run.view_as(weight)
-            self.views.append(lies)
+            view = run.as_strided(weight.shape, weight.stride()) if has_no_gaps(weight) else run.view_as(weight)
+            self.views.append(view)
             self.gaps.append(numbers[at : start - self.start])
             at = start - self.start + weight.numel()
         self.gaps = [gap for gap in [*self.gaps, numbers[at:]] if len(gap)]
@@ -124,16 +124,17 @@ class Buckets(ABC):
         if not self._ordered:
             self._whole.append(index)
         while self.sent < len(self.buckets) and self.buckets[self.sent].is_whole:
-            self._send(self.buckets[self.sent])
+            self.send(self.buckets[self.sent])
             self.sent += 1
 
     @torch.no_grad()
-    def _send(self, bucket: Bucket) -> None:
-        with self._aside():
+    def send(self, bucket: Bucket) -> None:
+        """Reduce a bucket that is whole, or of which no more will come, beside what the device does now."""
+        with self.aside():
             self.reduce(bucket)
         bucket.arrived.clear()
 
-    def _aside(self) -> AbstractContextManager:
+    def aside(self) -> AbstractContextManager:
         """Within, the device works on what follows when what came before is done, beside what comes after."""
         if self.side is None:
             return nullcontext()
@@ -154,7 +155,7 @@ class Buckets(ABC):
         if not self.started:
             return False
         for bucket in self.buckets[self.sent :]:
-            self._send(bucket)
+            self.send(bucket)
         self.sent, self.started = 0, False
         if self.side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.side)

@@ -95,7 +95,7 @@ class Averaging(Buckets):
             torch.autograd.Variable._execution_engine.queue_callback(self.finish)
         super().ready(weight)
 
-    def _send(self, bucket: Bucket) -> None:
+    def send(self, bucket: Bucket) -> None:
         if without := [self.names[id(w)] for w in bucket.weights if w.grad is None]:
             raise RuntimeError(
                 f"{len(without)} of {len(bucket.weights)} weights had no gradient, e.g. {without[0]}: under DDP every "
@@ -105,7 +105,7 @@ class Averaging(Buckets):
         for weight in bucket.weights:
             if not lie_alike(weight.grad, weight):  # as it does on the other processes
                 weight.grad = torch.empty_like(weight).copy_(weight.grad)
-        super()._send(bucket)
+        super().send(bucket)
 
     def reduce(self, bucket: Bucket) -> None:
         staying, copied = self.parts[id(bucket)]

@@ -63,9 +63,9 @@ class Reduction(Buckets):
             optimizer.single_partition_of_fp32_groups[group].data = owned[rank].data
         optimizer.step = self.step
 
-    def _send(self, bucket: Bucket) -> None:
+    def send(self, bucket: Bucket) -> None:
         self._free()
-        super()._send(bucket)
+        super().send(bucket)
         for weight in bucket.weights:
             weight.grad = None
 
@@ -129,7 +129,7 @@ class Reduction(Buckets):
         """A piece of the weights goes to the other processes while the next is stepped."""
         size = -(-max(len(part) for part in self.parts) // (PIECES * ALIGNED)) * ALIGNED
         for low, high in step_in_pieces(self.optimizer.optimizer, size):
-            with self._aside():
+            with self.aside():
                 for group in range(len(self.parts)):
                     self._gather(group, low, high)
         if self.side is not None:

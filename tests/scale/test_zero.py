@@ -119,6 +119,11 @@ def test_ddp_names_a_weight_without_a_gradient(trainings: Trainings) -> None:
         assert "2 of 4 weights had no gradient, e.g. idle.weight" in rank["error"]
 
 
+def test_ddp_averages_gradients_that_lie_otherwise_on_one_process(trainings: Trainings) -> None:
+    for rank in trainings[1]["laid out otherwise"]:
+        torch.testing.assert_close(rank["gradient"], torch.arange(1200.0).view(30, 40) * 1.5)
+
+
 def test_weights_of_an_earlier_stage_stay_in_the_checkpoint(trainings: Trainings) -> None:
     first, second = (last(trainings[0] / case) for case in ("zero2", "zero3 second stage"))
     assert set(first["state_dict"]) < set(second["state_dict"])

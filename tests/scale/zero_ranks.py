@@ -237,6 +237,21 @@ def without_a_gradient(folder: Path, base: str) -> dict[str, Any]:
     return {"error": ""}
 
 
+def laid_out_otherwise(folder: Path, base: str) -> dict[str, Any]:
+    """The gradient that DDP gives if the second process's lies in memory otherwise than its weight."""
+    weight = torch.nn.Parameter(torch.zeros(30, 40))  # of more than LARGE numbers
+
+    def turn(weight: torch.nn.Parameter) -> None:
+        if RANK == 1:
+            weight.grad = weight.grad.t().contiguous().t()
+
+    weight.register_post_accumulate_grad_hook(turn)
+    averaging = Averaging({"weight": weight}, 2000)
+    (weight * torch.arange(1200.0).view(30, 40) * (RANK + 1)).sum().backward()
+    averaging.remove()
+    return {"gradient": weight.grad.clone()}
+
+
 CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "torch's ddp": lambda f, b: train(f, b, "ddp"),
     "ddp": lambda f, b: train(f, b, DDP(BUCKET), turned=True),
@@ -265,6 +280,7 @@ CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "from another order": lambda f, b: refused(f, b, middle(f.with_name("zero2"))),
     "full disk": full_disk,
     "without a gradient": without_a_gradient,
+    "laid out otherwise": laid_out_otherwise,
 }
 
 
