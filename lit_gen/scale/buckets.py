@@ -8,7 +8,7 @@ does so. Weights in channels last lie in the vector as they lie in memory.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +81,15 @@ def cut(vectors: Sequence[Sequence[tuple[int, nn.Parameter]]], size: int) -> Ite
                 end, members = members[0][0], []
             members.insert(0, (start, weight))
         yield Bucket(vector, members[0][0], end, [w for _, w in members], [s for s, _ in members])
+
+
+def default_size(weights: Iterable[nn.Parameter]) -> int:
+    """Numbers in a bucket: an eighth of all, and no less than 25 million.
+
+    Each bucket sent takes multiprocessors from the backward pass once more, so that few are faster; but the last one is
+    sent when the pass is over. On two H200s and 860 million, eight are faster than 34.
+    """
+    return max(25_000_000, -(-sum(weight.numel() for weight in weights) // 8))
 
 
 class Buckets(ABC):

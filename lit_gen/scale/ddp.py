@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lit_gen.errors import at_least
-from lit_gen.scale.buckets import Bucket, Buckets, average_all, cut
+from lit_gen.scale.buckets import Bucket, Buckets, average_all, cut, default_size
 from lit_gen.scale.layout import has_no_gaps, lie_alike
 
 LARGE = 2**16  # numbers; from here on a gradient is sent from where it lies
@@ -29,11 +29,12 @@ class DDP(DDPStrategy):
     others. Every trained weight must have a gradient in every step, as there.
 
     Args:
-        bucket: gradients are sent this many numbers at a time.
+        bucket: gradients are sent this many numbers at a time; by default an eighth of all, from 25 million on.
     """
 
-    def __init__(self, bucket: int = 25_000_000) -> None:
-        at_least(1, bucket=bucket)
+    def __init__(self, bucket: int | None = None) -> None:
+        if bucket is not None:
+            at_least(1, bucket=bucket)
         super().__init__()
         self.bucket = bucket
         self.averaging: Averaging | None = None
@@ -70,20 +71,20 @@ class Averaging(Buckets):
 
     Args:
         weights: by name, on their device.
-        size: numbers in a bucket.
+        size: numbers in a bucket; by default `default_size`.
 
     Raises:
         RuntimeError: in a backward pass that gave some weight no gradient.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], size: int) -> None:
+    def __init__(self, weights: Mapping[str, nn.Parameter], size: int | None) -> None:
         self.names = {id(weight): name for name, weight in weights.items()}
         self.paused = False
         self.works: list[Any] = []  # what is on its way
         kinds: dict[torch.dtype, list[nn.Parameter]] = {}
         for weight in weights.values():
             kinds.setdefault(weight.dtype, []).append(weight)
-        buckets = list(cut([_in_a_row(kind) for kind in kinds.values()], size))
+        buckets = list(cut([_in_a_row(kind) for kind in kinds.values()], size or default_size(weights.values())))
         self.parts = {id(bucket): _split(bucket) for bucket in buckets}
         device = next(iter(weights.values())).device if weights else torch.device("cpu")
         super().__init__(buckets, device)

@@ -27,6 +27,8 @@ from lit_gen.scale.reduction import Reduction, flattened_as_they_lie
 from lit_gen.scale.shards import unshard
 from lit_gen.weights import read_checkpoint, read_torch
 
+BUCKET = 25_000_000  # numbers that DeepSpeed sends at a time, where nothing else is asked for
+
 
 class ZeRO(DeepSpeedStrategy):
     """Data parallelism whose optimizer state (and gradients, and weights) are divided among the processes.
@@ -40,7 +42,8 @@ class ZeRO(DeepSpeedStrategy):
     Args:
         stage: what is divided: 1 the optimizer's state, 2 also gradients, 3 also the trained weights.
         offload: what is kept in the host's memory: "optimizer" its state, "all" (stage 3) the trained weights too.
-        bucket: gradients, and weights, are sent this many numbers at a time.
+        bucket: gradients, and weights, are sent this many numbers at a time; by default 25 million, and at stage 2
+            without offload an eighth of all gradients if that is more.
     """
 
     accelerators: tuple[type, ...] = (CUDAAccelerator,)
@@ -49,7 +52,7 @@ class ZeRO(DeepSpeedStrategy):
         self,
         stage: Literal[1, 2, 3] = 2,
         offload: Literal["none", "optimizer", "all"] = "none",
-        bucket: int = 25_000_000,
+        bucket: int | None = None,
     ) -> None:
         try:
             import deepspeed  # noqa: F401
@@ -62,14 +65,14 @@ class ZeRO(DeepSpeedStrategy):
             offload_optimizer=offload != "none",
             offload_parameters=offload == "all",
             pin_memory=offload != "none",
-            reduce_bucket_size=bucket,
-            allgather_bucket_size=bucket,
+            reduce_bucket_size=bucket or BUCKET,
+            allgather_bucket_size=bucket or BUCKET,
             # Below stage 3, DeepSpeed's "reduce-scatter" sums whole buckets as well, and copies them twice more.
             reduce_scatter=stage == 3,
             logging_batch_size_per_gpu=1,  # only DeepSpeed's own rate, which nobody reads, depends on it
             exclude_frozen_parameters=True,
         )
-        self.stage, self.offload = stage, offload
+        self.stage, self.offload, self.bucket = stage, offload, bucket
         self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW, offloaded too: DeepSpeed's needs a compiler
         self.config["timers"] = {"throughput": {"enabled": False}}  # it waits for the device in every step
         self._names: list[list[str]] = []
@@ -140,7 +143,7 @@ class ZeRO(DeepSpeedStrategy):
         if self._reduces:
             self._orders = {n: list(order_in_memory(p)) for n, p in weights.items() if not p.is_contiguous()}
             sent = torch.bfloat16 if self.precision_plugin.mixed else torch.float32
-            Reduction(optimizer, sent, self.config["zero_optimization"]["reduce_bucket_size"])
+            Reduction(optimizer, sent, self.bucket)
         engine.checkpoint_engine = checkpoint_engine(engine)
         engine._copy_recovery_script = lambda path: None  # it would unpickle; `export` does not
         return engine, optimizer
