@@ -13,7 +13,7 @@ except ImportError:
 
 matplotlib.use("agg")  # no display is needed
 matplotlib.rcParams["svg.hashsalt"] = "lit_gen"  # the same plot is the same file
-matplotlib.rcParams["svg.fonttype"] = "none"  # letters as letters, which can be searched for, and two thirds of the size
+matplotlib.rcParams["svg.fonttype"] = "none"  # letters stay letters: smaller, and can be searched for
 
 import matplotlib.pyplot as plt  # noqa: E402
 

@@ -133,7 +133,7 @@ def logs(folder: Path) -> str:
 def test_killed_at_a_random_instant(file: Path, forks: Forks, universe: Path) -> None:
     name = "-".join(file.with_suffix("").parts[1:])
     # DDP objects to parameters that a method trains without using them.
-    given = {"trainer__max_steps": 5, "trainer__devices": 1, "trainer__strategy": "ddp"}
+    given = {"trainer__max_steps": 5, "trainer__devices": 1, "trainer__strategy__class_path": "lit_gen.scale.ddp.DDP"}
     straight, killed = (words(file, f"{name}/{which}", **given) for which in ("straight", "killed"))
     seconds = train_straight(forks, universe, straight)
     instant = random.Random(str(file)).random() * seconds
@@ -228,7 +228,7 @@ def start_ranks(forks: Forks, folder: Path, argv: list[str], world: int, **how: 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    argv = [*argv, f"--trainer.devices={world}", "--trainer.strategy=ddp"]
+    argv = [*argv, f"--trainer.devices={world}", "--trainer.strategy.class_path=lit_gen.scale.ddp.DDP"]
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     return [
         forks.start(["fit", *argv], folder, env={**shared, "LOCAL_RANK": str(rank), "RANK": str(rank)}, **how)
