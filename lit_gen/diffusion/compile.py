@@ -12,6 +12,10 @@ from torch import nn
 
 from lit_gen.errors import UserError
 
+# Whether the compiler also finds a graph in its cache where that has functions with a backward pass of their own, such
+# as those of layout.py: otherwise each new process derives its backward pass once more.
+_OWN_FUNCTIONS = "autograd_cache_allow_custom_autograd_functions"
+
 
 @dataclass
 class Compile:
@@ -54,6 +58,8 @@ class Compile:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(parts))
         if self.blocks:  # else DDP has each block cut where its buckets of gradients end, and compiled once more
             torch._dynamo.config.optimize_ddp = False
+        if hasattr(torch._functorch.config, _OWN_FUNCTIONS):
+            setattr(torch._functorch.config, _OWN_FUNCTIONS, True)
         for part in parts:
             if part._compiled_call_impl is None:
                 part.compile(backend=self.backend, mode=self.mode, options=self.options, dynamic=False)

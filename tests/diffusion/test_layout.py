@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
+from lit_gen.diffusion.compile import Compile
 from lit_gen.diffusion.layout import keep_channels_last
 from lit_gen.pretrain.finetune import Network
 
@@ -69,3 +73,26 @@ def test_the_compiler_sees_no_convolution_of_channels_first(block: nn.Module) ->
         step(torch.compile(network, backend=look(kept), dynamic=False))
     assert len(seen[False]) == len(seen[True]) == 10
     assert not all(map(all, seen[False])) and all(map(all, seen[True]))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of CPUs needs g++")
+def test_what_was_compiled_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward pass, by a process that starts afresh, as one that continues a run."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    given, counters = torch.randn(2, 4, 6, 6), torch._dynamo.utils.counters
+    torch.manual_seed(0)
+    network = Upsample2D(4, use_conv=True)
+    keep_channels_last(network)
+    gradients = []
+    for hits in (0, 1):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = copy.deepcopy(network)
+        Compile().apply(compiled)
+        compiled(given).square().sum().backward()
+        gradients.append([p.grad for p in compiled.parameters()])
+        assert counters["aot_autograd"]["autograd_cache_hit"] == hits
+    network(given).square().sum().backward()
+    for first, again, plain in zip(*gradients, [p.grad for p in network.parameters()], strict=True):
+        assert torch.equal(first, again)
+        torch.testing.assert_close(first, plain)
