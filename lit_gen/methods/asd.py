@@ -153,7 +153,7 @@ class Particles(DistilledPictures):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         pictures = self.pictures()
         if self.scenes is not None:
-            self.log_dict(self.judge(pictures), batch_size=len(batch))
+            self.log_dict(self.judge(pictures), batch_size=len(batch), sync_dist=True)
 
     def judge(self, pictures: Tensor) -> dict[str, Tensor]:
         """Colours and variety against true pictures of each prompt, and what the oracle reads; means over prompts."""

@@ -172,7 +172,8 @@ class Edits(DistilledPictures):
                 numbered(self.targets), **{name.replace(" ", "_"): values for name, values in found.items()}
             )
             means = {name: values[~values.isnan()].mean() for name, values in found.items()}
-            self.log_dict({name: mean for name, mean in means.items() if mean == mean}, batch_size=len(batch))
+            seen = {name: mean for name, mean in means.items() if mean == mean}
+            self.log_dict(seen, batch_size=len(batch), sync_dist=True)  # all processes have seen the same
 
     def judge(self, pictures: Tensor) -> dict[str, Tensor]:
         """Measures of edits of the world, each of B values: likeness to the true result and to the source where
