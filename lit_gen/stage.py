@@ -366,11 +366,15 @@ def _lock(folder: Path) -> TextIO | None:
 
 
 def quieten() -> None:
-    """Keep Lightning's tables and tips off the screen; warnings stay."""
+    """Keep Lightning's tables and tips off the screen, and warnings of what is meant to be so; others stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r"The `srun` command is available")  # no need to use it
     warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated")  # Lightning's, with torch 2.13
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # what is frozen is
+    warnings.filterwarnings("ignore", message=r"Already found a `peft_config`")  # for two discriminators on one network
+    # Its successor is not in all versions of torch that are supported.
+    warnings.filterwarnings("ignore", message=r"torch.distributed.nn.functional.all_gather is deprecated")
 
 
 def _without_root(settings: Namespace) -> Namespace:
