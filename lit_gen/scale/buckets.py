@@ -86,8 +86,8 @@ def cut(vectors: Sequence[Sequence[tuple[int, nn.Parameter]]], size: int) -> Ite
 def default_size(weights: Iterable[nn.Parameter]) -> int:
     """Numbers in a bucket: an eighth of all, and no less than 25 million.
 
-    Each bucket sent takes multiprocessors from the backward pass once more, so that few are faster; but the last one is
-    sent when the pass is over. On two H200s and 860 million, eight are faster than 34.
+    Each takes multiprocessors from the backward pass once more, so that few are faster; but the last is sent when the
+    pass is over. Tried out on two H200s with 860 million numbers: a step is slowed down by 4 % with eight, 5 % with 34.
     """
     return max(25_000_000, -(-sum(weight.numel() for weight in weights) // 8))
 

@@ -9,7 +9,7 @@ owns that run; and weights are sent while those after them are stepped.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lit_gen.scale.buckets import Bucket, Buckets, average, cut, default_size
 from lit_gen.scale.layout import order_in_memory
 from lit_gen.scale.pieces import step_in_pieces
 
-PIECES = 8  # of a process's weights; each costs the host a step and a send, and two of them memory on each process
+PIECES = 8  # of a process's weights; each costs the host a step and a broadcast
 ALIGNED = 128  # numbers; where a piece begins, as kernels like it
 
 
@@ -137,15 +137,18 @@ class Reduction(Buckets):
             torch.cuda.current_stream(self.device).wait_stream(self.side)
 
     def _gather(self, group: int, low: int, high: int) -> None:
-        """Numbers low to high of every process's own weights, from each to all others.
-
-        They do not lie side by side, so that they arrive elsewhere and are copied. Sent to where they belong by a group
-        of broadcasts, which share the channels that an all-gather has to itself, they take twice as long.
-        """
-        owned = [weights[low:high] for weights in self.optimizer.parallel_partitioned_bit16_groups[group]]
-        if len(owned[0]):
-            processes = self.optimizer.real_dp_process_group[group]
-            dist.all_gather(owned, owned[dist.get_rank(processes)], group=processes)
+        """Numbers low to high of every process's own weights, from each to all others."""
+        processes = self.optimizer.real_dp_process_group[group]
+        owned = self.optimizer.parallel_partitioned_bit16_groups[group]
+        if low >= len(owned[0]):
+            return
+        # All at once, so that each direction is used; NCCL's own all-gather would need them to lie side by side, and
+        # takes longer where they first have to be copied there.
+        at_once = dist._coalescing_manager(processes, self.device) if self.side is not None else nullcontext()
+        with at_once:
+            for rank, weights in enumerate(owned):
+                source = dist.get_global_rank(processes, rank)
+                dist.broadcast(weights[low:high], source, group=processes, async_op=self.side is not None)
 
 
 @contextmanager
