@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from lit_gen.scale.layout import has_no_gaps, lie_alike
 
+LEAST = 25_000_000  # numbers in a bucket where no other size is asked for
+
 
 @dataclass
 class Bucket:
@@ -84,12 +86,12 @@ def cut(vectors: Sequence[Sequence[tuple[int, nn.Parameter]]], size: int) -> Ite
 
 
 def default_size(weights: Iterable[nn.Parameter]) -> int:
-    """Numbers in a bucket: an eighth of all, and no less than 25 million.
+    """Numbers in a bucket: an eighth of all, and no less than `LEAST`.
 
     Each takes multiprocessors from the backward pass once more, so that few are faster; but the last is sent when the
-    pass is over. Tried out on two H200s with 860 million numbers: a step is slowed down by 4 % with eight, 5 % with 34.
+    pass is over. docs/results/speed.md has what 25 and what 100 million cost a network of 860 million.
     """
-    return max(25_000_000, -(-sum(weight.numel() for weight in weights) // 8))
+    return max(LEAST, -(-sum(weight.numel() for weight in weights) // 8))
 
 
 class Buckets(ABC):

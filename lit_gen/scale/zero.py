@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Method
+from lit_gen.scale.buckets import LEAST
 from lit_gen.scale.consolidate import FROZEN, NAMES, ORDERS, TAG, parts_of, read_part
 from lit_gen.scale.layout import order_in_memory
 from lit_gen.scale.reduction import Reduction, flattened_as_they_lie
 from lit_gen.scale.shards import unshard
 from lit_gen.weights import read_checkpoint, read_torch
-
-BUCKET = 25_000_000  # numbers that DeepSpeed sends at a time, where nothing else is asked for
 
 
 class ZeRO(DeepSpeedStrategy):
@@ -65,8 +64,8 @@ class ZeRO(DeepSpeedStrategy):
             offload_optimizer=offload != "none",
             offload_parameters=offload == "all",
             pin_memory=offload != "none",
-            reduce_bucket_size=bucket or BUCKET,
-            allgather_bucket_size=bucket or BUCKET,
+            reduce_bucket_size=bucket or LEAST,
+            allgather_bucket_size=bucket or LEAST,
             # Below stage 3, DeepSpeed's "reduce-scatter" sums whole buckets as well, and copies them twice more.
             reduce_scatter=stage == 3,
             logging_batch_size_per_gpu=1,  # only DeepSpeed's own rate, which nobody reads, depends on it
