@@ -54,7 +54,8 @@ class Edits(DistilledPictures):
 
     Args:
         base: Hub id, diffusers folder or single-file checkpoint of the teacher.
-        edits: what to edit, as a list or a .csv with columns source, prompt and target; by default that of `world`.
+        edits: what to edit; by default that of `world`.
+        table: the same as a .csv with columns source (a file, from the table's folder on), prompt and target.
         world: edits of the world, whose results are known.
         negative: the null prompt of the guidance.
         sibling: "asd" (dual discriminators), "dds", "cds", or "sds" from the source picture on.
@@ -77,7 +78,8 @@ class Edits(DistilledPictures):
     def __init__(
         self,
         base: str = "data/world-base",
-        edits: list[Edit] | str | None = None,
+        edits: list[Edit] | None = None,
+        table: str | None = None,
         world: WorldEdits = WorldEdits(),
         negative: str = "",
         sibling: Literal["asd", "dds", "cds", "sds"] = "asd",
@@ -98,13 +100,15 @@ class Edits(DistilledPictures):
         at_least(0, contrast_weight=contrast_weight)
         super().__init__(base, discriminator_lr, discriminator_weight_decay, oracle, frozen_dtype, optimizer)
         self.truth: Tensor | None = None
-        if edits is None:
+        if edits is not None and table is not None:
+            raise UserError("give edits or a table of them, not both")
+        wanted = edits if table is None else read_edits(table)
+        if wanted is None:
             self.prompts, self.targets, before, self.after, self.changed = world.draw()
             pictures = render(before).rgb * 2 - 1
             self.truth = render(self.after).rgb * 2 - 1
             self.sources = [f"{world.split} picture {world.seed}-{i} of the world" for i in range(world.count)]
         else:
-            wanted = read_edits(edits) if isinstance(edits, str) else edits
             if not wanted:
                 raise UserError("edits: there are none")
             self.prompts, self.targets = [e.prompt for e in wanted], [e.target for e in wanted]

@@ -118,10 +118,22 @@ def test_edits_of_the_world_change_one_attribute() -> None:
     assert (psnr(render(before).rgb * 2 - 1, render(after).rgb * 2 - 1) < 40).all()
 
 
+def test_a_run_of_a_table(lit_gen: Command, tiny_base: Path, here: Path) -> None:
+    for name, value in (("a", 0.0), ("b", 0.5)):
+        save(here / name, torch.full((3, 64, 64), value))
+    (here / "edits.csv").write_text("source,prompt,target\na.png,a ball,a cube\nb.png,a ball,a cone\n")
+    (here / "x.yaml").write_text(yaml.safe_dump(settings(tiny_base)))
+    words = ("-c", "x.yaml", "--model.table", "edits.csv")
+    assert lit_gen("fit", *words) == 0 and lit_gen("predict", *words) == 0
+    assert {file.name for file in Path("runs/x/samples/predict").glob("0?.png")} == {"00.png", "01.png"}
+
+
 def test_a_table_of_edits(tiny_base: Path, here: Path) -> None:
     save(here / "a", torch.zeros(3, 64, 64))
+    with pytest.raises(UserError, match="not both"):
+        Edits(str(tiny_base), [Edit("a.png", "a ball", "a cube")], "edits.csv")
     (here / "edits.csv").write_text("source,prompt,target\na.png,a ball,a cube\na.png, a ball, a cone\n")
-    model = Edits(str(tiny_base), str(here / "edits.csv"))
+    model = Edits(str(tiny_base), table=str(here / "edits.csv"))
     assert model.targets == ["a cube", "a cone"] and model.originals.shape == (2, 3, 64, 64)
     for text, message in (
         ("source,prompt\na.png,a ball\n", "no column 'target'"),
@@ -131,7 +143,7 @@ def test_a_table_of_edits(tiny_base: Path, here: Path) -> None:
     ):
         (here / "edits.csv").write_text(text)
         with pytest.raises(UserError, match=message):
-            Edits(str(tiny_base), str(here / "edits.csv"))
+            Edits(str(tiny_base), table=str(here / "edits.csv"))
     (here / "note.png").write_text("no picture")
     with pytest.raises(UserError, match="source .* is not a picture"):
         Edits(str(tiny_base), [Edit(str(here / "note.png"), "a", "b")])
