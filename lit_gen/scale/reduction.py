@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_gen.scale import peers
 from lit_gen.scale.buckets import Bucket, Buckets, average, cut, default_size
 from lit_gen.scale.layout import order_in_memory
 from lit_gen.scale.pieces import step_in_pieces
@@ -33,24 +34,46 @@ class Reduction(Buckets):
         optimizer: `DeepSpeedZeroOptimizer` of stage 2, nothing of which is offloaded.
         dtype: what gradients are sent in; they are kept in float32.
         size: numbers in a bucket; by default `default_size`.
+        copies: whether processes read each other's memory, by copies and not by NCCL.
     """
 
-    def __init__(self, optimizer: Any, dtype: torch.dtype, size: int | None) -> None:
+    def __init__(self, optimizer: Any, dtype: torch.dtype, size: int | None, copies: bool = False) -> None:
         self.optimizer = optimizer
         device = optimizer.bit16_groups_flat[0].device
         pairs = zip(optimizer.round_robin_bit16_offsets, optimizer.round_robin_bit16_groups, strict=True)
         vectors = [list(zip(starts, weights, strict=True)) for starts, weights in pairs]
         buckets = list(cut(vectors, size or default_size(weight for vector in vectors for _, weight in vector)))
-        slot = torch.zeros(max(b.end - b.start for b in buckets), dtype=dtype, device=device)  # one after another
+        longest = max(bucket.end - bucket.start for bucket in buckets)
+        self.slot: peers.Shared | None = None  # what is sent, one bucket after another
+        self.weights: list[peers.Shared] = []  # by group
+        if copies:
+            self.slot = peers.share(longest, dtype, device, dist.group.WORLD)
+            self.read = torch.empty(longest, dtype=dtype, device=device)  # from another process
+            self._share_weights(device)
+        numbers = torch.zeros(longest, dtype=dtype, device=device) if self.slot is None else self.slot.own.zero_()
         for bucket in buckets:
-            bucket.lie_in(slot[: bucket.end - bucket.start])
+            bucket.lie_in(numbers[: bucket.end - bucket.start])
         self.parts = [torch.zeros(int(n), device=device) for n in optimizer.partition_size]
+        self.terms = dist.get_world_size() if copies else 1  # parts are that many times the mean
         self.fresh = True  # whether nothing has been added up since the last step
         self._taken: tuple[Any, list[Tensor | None]] | None = None  # the bucket before's gradients, and from when on
         for hook in optimizer._grad_acc_hooks:  # which look through all weights in each backward pass
             hook.remove()
         super().__init__(buckets, device)
         self._take_over()
+
+    def _share_weights(self, device: torch.device) -> None:
+        """Have the flat vectors of weights lie where the other processes read them."""
+        optimizer = self.optimizer
+        for group, flat in enumerate(optimizer.bit16_groups_flat):
+            self.weights.append(peers.share(flat.numel(), flat.dtype, device, dist.group.WORLD))
+            shared = self.weights[-1].own.copy_(flat)
+            optimizer.bit16_groups_flat[group] = shared
+            optimizer.parallel_partitioned_bit16_groups[group] = optimizer.get_data_parallel_partitions(shared, group)
+            starts = optimizer.round_robin_bit16_offsets[group]
+            for weight, start in zip(optimizer.round_robin_bit16_groups[group], starts, strict=True):
+                run = shared.narrow(0, start, weight.numel())
+                weight.data = run.as_strided(weight.shape, weight.stride())
 
     def _take_over(self) -> None:
         optimizer = self.optimizer
@@ -87,13 +110,21 @@ class Reduction(Buckets):
             self._taken = self.side.record_event(), [weight.grad for weight in bucket.weights]
         processes = self.optimizer.real_dp_process_group[bucket.vector]
         part, rank = self.parts[bucket.vector], dist.get_rank(processes)
+        if self.slot is not None:
+            self.slot.barrier()  # all have filled theirs
         for owner in range(bucket.start // part.numel(), (bucket.end - 1) // part.numel() + 1):
             low, high = max(bucket.start, owner * part.numel()), min(bucket.end, (owner + 1) * part.numel())
-            run = bucket.numbers[low - bucket.start : high - bucket.start]
-            average(run, processes, owner)
+            place = slice(low - bucket.start, high - bucket.start)
+            run = bucket.numbers[place]
+            if self.slot is None:
+                average(run, processes, owner)
             if owner == rank:
                 own = part[low - owner * part.numel() : high - owner * part.numel()]
                 own.copy_(run) if self.fresh else own.add_(run)
+                for other in self.slot.others.values() if self.slot else ():
+                    own.add_(self.read[: len(run)].copy_(other[place]))
+        if self.slot is not None:
+            self.slot.barrier()  # all have read: the next bucket may be filled in
 
     def finish(self) -> bool:
         """After a backward pass; see Buckets.finish."""
@@ -109,8 +140,9 @@ class Reduction(Buckets):
         optimizer, inner, own = self.optimizer, self.optimizer.optimizer, self.optimizer.single_partition_of_fp32_groups
         square = torch.stack([torch.linalg.vector_norm(part) for part in self.parts]).square().sum()
         dist.all_reduce(square, group=optimizer.dp_process_group)
-        optimizer._global_grad_norm = norm = square.sqrt()
+        optimizer._global_grad_norm = norm = square.sqrt() / self.terms
         scale = ((norm + 1e-6) / optimizer.clip_grad).clamp(min=1) if optimizer.clip_grad > 0 else torch.ones_like(norm)
+        scale = scale * self.terms
         for weights, part in zip(own, self.parts, strict=True):
             weights.grad = part
         if all(group.get("fused") for group in inner.param_groups):  # it heeds both on the device
@@ -132,7 +164,10 @@ class Reduction(Buckets):
         for low, high in step_in_pieces(self.optimizer.optimizer, size):
             with self.aside():
                 for group in range(len(self.parts)):
-                    self._gather(group, low, high)
+                    self._read(group, low, high) if self.weights else self._gather(group, low, high)
+        with self.aside():
+            for weights in self.weights:
+                weights.barrier()  # all have read: weights may change
         if self.side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.side)
 
@@ -149,6 +184,14 @@ class Reduction(Buckets):
             for rank, weights in enumerate(owned):
                 source = dist.get_global_rank(processes, rank)
                 dist.broadcast(weights[low:high], source, group=processes, async_op=self.side is not None)
+
+    def _read(self, group: int, low: int, high: int) -> None:
+        """The same by copies, of each process's own weights from where it has them."""
+        weights, part = self.weights[group], len(self.parts[group])
+        weights.barrier()
+        for rank, other in weights.others.items():
+            place = slice(rank * part + low, min(rank * part + high, (rank + 1) * part))
+            weights.own[place].copy_(other[place])
 
 
 @contextmanager

@@ -43,6 +43,8 @@ class ZeRO(DeepSpeedStrategy):
         offload: what is kept in the host's memory: "optimizer" its state, "all" (stage 3) the trained weights too.
         bucket: gradients, and weights, are sent this many numbers at a time; by default 25 million, and at stage 2
             without offload an eighth of all gradients if that is more.
+        exchange: how numbers go between GPUs: by "nccl", or, at stage 2 within one node, by "copies" that leave the
+            multiprocessors to what is computed meanwhile.
     """
 
     accelerators: tuple[type, ...] = (CUDAAccelerator,)
@@ -52,6 +54,7 @@ class ZeRO(DeepSpeedStrategy):
         stage: Literal[1, 2, 3] = 2,
         offload: Literal["none", "optimizer", "all"] = "none",
         bucket: int | None = None,
+        exchange: Literal["nccl", "copies"] = "nccl",
     ) -> None:
         try:
             import deepspeed  # noqa: F401
@@ -59,6 +62,8 @@ class ZeRO(DeepSpeedStrategy):
             raise UserError("the strategy ZeRO needs DeepSpeed: pip install 'deepspeed>=0.19.8,<0.20'") from None
         if offload == "all" and stage != 3:
             raise UserError(f"trainer.strategy: offload: all needs stage: 3, not {stage}, which leaves weights whole")
+        if exchange == "copies" and (stage, offload) != (2, "none"):
+            raise UserError("trainer.strategy: exchange: copies needs stage: 2 and offload: none")
         super().__init__(
             stage=stage,
             offload_optimizer=offload != "none",
@@ -71,7 +76,7 @@ class ZeRO(DeepSpeedStrategy):
             logging_batch_size_per_gpu=1,  # only DeepSpeed's own rate, which nobody reads, depends on it
             exclude_frozen_parameters=True,
         )
-        self.stage, self.offload, self.bucket = stage, offload, bucket
+        self.stage, self.offload, self.bucket, self.exchange = stage, offload, bucket, exchange
         self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW, offloaded too: DeepSpeed's needs a compiler
         self.config["timers"] = {"throughput": {"enabled": False}}  # it waits for the device in every step
         self._names: list[list[str]] = []
@@ -114,6 +119,11 @@ class ZeRO(DeepSpeedStrategy):
         if trainer.state.fn != TrainerFn.FITTING:  # nothing to divide without an optimizer
             return DDPStrategy.setup(self, trainer)
         refuse(self.lightning_module)
+        if self.exchange == "copies" and (self.num_nodes > 1 or not self._reduces):
+            raise UserError(
+                "trainer.strategy: exchange: copies needs all GPUs in one node, and trainer.precision bf16-mixed or "
+                "32-true"
+            )
         self.model_to_device()  # optimizers choose their kernels by device
         super().setup(trainer)
         return None
@@ -142,7 +152,7 @@ class ZeRO(DeepSpeedStrategy):
         if self._reduces:
             self._orders = {n: list(order_in_memory(p)) for n, p in weights.items() if not p.is_contiguous()}
             sent = torch.bfloat16 if self.precision_plugin.mixed else torch.float32
-            Reduction(optimizer, sent, self.bucket)
+            Reduction(optimizer, sent, self.bucket, self.exchange == "copies")
         engine.checkpoint_engine = checkpoint_engine(engine)
         engine._copy_recovery_script = lambda path: None  # it would unpickle; `export` does not
         return engine, optimizer

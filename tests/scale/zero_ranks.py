@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ from lit_gen.diffusion.style_adapter import Adapter
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Optimizer
 from lit_gen.methods.stylecrafter import StyleCrafter
-from lit_gen.scale import ddp
+from lit_gen.scale import ddp, peers
 from lit_gen.scale.ddp import DDP, Averaging
 from lit_gen.scale.zero import ZeRO
 
@@ -39,6 +40,22 @@ GLOBAL_BATCH, STEPS, MIDDLE = 4, 4, 2
 BUCKET = 20_000  # numbers, so that there are several buckets
 ddp.LARGE = 500  # so that some gradients are sent from where they lie, and some are copied
 RANK, WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # Lightning will forget them
+
+
+def in_files(numel: int, dtype: torch.dtype, device: torch.device, group: Any) -> peers.Shared:
+    """What `lit_gen.scale.peers.share` does between GPUs, between processes on a CPU."""
+    folder = [tempfile.mkdtemp() if RANK == 0 else None]
+    dist.broadcast_object_list(folder)
+    vectors = {}
+    for ranks in ([RANK], [rank for rank in range(WORLD) if rank != RANK]):  # one's own is made, and others' opened
+        for rank in ranks:
+            path = f"{folder[0]}/{rank}"
+            vectors[rank] = torch.from_file(path, shared=True, size=max(numel, 1), dtype=dtype)[:numel]
+        dist.barrier()
+    return peers.Shared(vectors.pop(RANK), vectors, dist.barrier)
+
+
+peers.share = in_files
 
 
 class CPUZeRO(ZeRO):
@@ -179,8 +196,8 @@ def middle(folder: Path) -> Path:
     return folder / "checkpoints" / f"step-{MIDDLE:08d}.ckpt"
 
 
-def zero(stage: int, offload: str = "none") -> CPUZeRO:
-    return CPUZeRO(stage, offload, bucket=BUCKET)
+def zero(stage: int, offload: str = "none", **settings: Any) -> CPUZeRO:
+    return CPUZeRO(stage, offload, bucket=BUCKET, **settings)
 
 
 def refused(folder: Path, base: str, ckpt: Path) -> dict[str, Any]:
@@ -260,6 +277,12 @@ CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
         f"zero{i} resumed": lambda f, b, i=i: train(f, b, zero(i), ckpt=middle(f.with_name(f"zero{i}")), turned=i == 2)
         for i in (2, 3)
     },
+    "zero2 copies": lambda f, b: train(f, b, zero(2, exchange="copies"), turned=True),
+    "zero2 copies resumed": lambda f, b: train(
+        f, b, zero(2, exchange="copies"), ckpt=middle(f.with_name("zero2 copies")), turned=True
+    ),
+    "zero2 copies accumulated": lambda f, b: train(f, b, zero(2, exchange="copies"), accumulate=2),
+    "zero2 copies mixed": lambda f, b: train(f, b, zero(2, exchange="copies"), precision="bf16-mixed"),
     "zero2 spoilt": lambda f, b: train(f, b, zero(2), turned=True, spoilt=1),
     "zero2 offloaded": lambda f, b: train(f, b, zero(2, offload="optimizer")),
     "zero3 offloaded": lambda f, b: train(f, b, zero(3, offload="all")),
