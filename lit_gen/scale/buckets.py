@@ -118,6 +118,9 @@ class Buckets(ABC):
     def reduce(self, bucket: Bucket) -> None:
         """Send a bucket. On GPUs the current stream is the side stream, for which `finish` waits."""
 
+    def done(self) -> None:  # noqa: B027
+        """Follow the last bucket of a backward pass, on the side stream."""
+
     def _find_places(self) -> None:
         self.place = {id(w): (b, i) for b, bucket in enumerate(self.buckets) for i, w in enumerate(bucket.weights)}
 
@@ -167,6 +170,8 @@ class Buckets(ABC):
             return False
         for bucket in self.buckets[self.sent :]:
             self.send(bucket)
+        with self.aside():
+            self.done()
         self.sent, self.started = 0, False
         if self.side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.side)

@@ -6,14 +6,15 @@ import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from lit_gen.errors import at_least
+from lit_gen.errors import UserError, at_least
+from lit_gen.scale import peers
 from lit_gen.scale.buckets import Bucket, Buckets, average_all, cut, default_size
 from lit_gen.scale.layout import has_no_gaps, lie_alike
 
@@ -30,19 +31,23 @@ class DDP(DDPStrategy):
 
     Args:
         bucket: gradients are sent this many numbers at a time; by default an eighth of all, from 25 million on.
+        exchange: how gradients go between GPUs: by "nccl", or, within one node, by "copies" that leave the
+            multiprocessors to what is computed meanwhile; for these each gradient is copied once more.
     """
 
-    def __init__(self, bucket: int | None = None) -> None:
+    def __init__(self, bucket: int | None = None, exchange: Literal["nccl", "copies"] = "nccl") -> None:
         if bucket is not None:
             at_least(1, bucket=bucket)
         super().__init__()
-        self.bucket = bucket
+        self.bucket, self.exchange = bucket, exchange
         self.averaging: Averaging | None = None
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         _sync_module_states(model)
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        self.averaging = Averaging(trained, self.bucket)
+        if self.exchange == "copies" and self.num_nodes > 1:
+            raise UserError("trainer.strategy: exchange: copies needs all GPUs in one node")
+        self.averaging = (AveragingByCopies if self.exchange == "copies" else AveragingInPlace)(trained, self.bucket)
         return model
 
     def _register_ddp_hooks(self) -> None: ...
@@ -80,12 +85,10 @@ class Averaging(Buckets):
     def __init__(self, weights: Mapping[str, nn.Parameter], size: int | None) -> None:
         self.names = {id(weight): name for name, weight in weights.items()}
         self.paused = False
-        self.works: list[Any] = []  # what is on its way
         kinds: dict[torch.dtype, list[nn.Parameter]] = {}
         for weight in weights.values():
             kinds.setdefault(weight.dtype, []).append(weight)
         buckets = list(cut([_in_a_row(kind) for kind in kinds.values()], size or default_size(weights.values())))
-        self.parts = {id(bucket): _split(bucket) for bucket in buckets}
         device = next(iter(weights.values())).device if weights else torch.device("cpu")
         super().__init__(buckets, device)
 
@@ -103,8 +106,25 @@ class Averaging(Buckets):
                 "trained weight must take part in every step; freeze those that do not, or use "
                 "--trainer.strategy ddp_find_unused_parameters_true"
             )
+        super().send(bucket)
+
+    def remove(self) -> None:
+        """Leave the weights alone from now on."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+class AveragingInPlace(Averaging):
+    """By NCCL; large gradients are averaged where they lie."""
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], size: int | None) -> None:
+        super().__init__(weights, size)
+        self.works: list[Any] = []  # what is on its way
+        self.parts = {id(bucket): _split(bucket) for bucket in self.buckets}
+
+    def send(self, bucket: Bucket) -> None:
         for weight in bucket.weights:
-            if not lie_alike(weight.grad, weight):  # as it does on the other processes
+            if weight.grad is not None and not lie_alike(weight.grad, weight):  # as it does on the other processes
                 weight.grad = torch.empty_like(weight).copy_(weight.grad)
         super().send(bucket)
 
@@ -127,10 +147,53 @@ class Averaging(Buckets):
                     weight.grad = view
         return there
 
-    def remove(self) -> None:
-        """Leave the weights alone from now on."""
-        for hook in self.hooks:
-            hook.remove()
+
+class AveragingByCopies(Averaging):
+    """By copies between GPUs; each process sums its share of a bucket, which all others then read."""
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], size: int | None) -> None:
+        super().__init__(weights, size)
+        processes = torch.distributed.group.WORLD
+        self.rank, self.count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.shared: dict[int, peers.Shared] = {}
+        for bucket in self.buckets:
+            shared = peers.share(bucket.end - bucket.start, bucket.weights[0].dtype, self.device, processes)
+            bucket.lie_in(shared.own)
+            self.shared[id(bucket)] = shared
+        self.read = {
+            dtype: torch.empty(max(self._share(b, 0).stop for b in self.buckets), dtype=dtype, device=self.device)
+            for dtype in {bucket.weights[0].dtype for bucket in self.buckets}
+        }
+
+    def _share(self, bucket: Bucket, rank: int) -> slice:
+        """Of a bucket's numbers, those that a process sums."""
+        length = bucket.end - bucket.start
+        size = -(-length // (self.count * ALIGNED)) * ALIGNED
+        return slice(min(rank * size, length), min((rank + 1) * size, length))
+
+    def reduce(self, bucket: Bucket) -> None:
+        shared, share = self.shared[id(bucket)], self._share(bucket, self.rank)
+        bucket.fill()
+        shared.barrier()
+        own = shared.own[share]
+        for other in shared.others.values():
+            own.add_(self.read[own.dtype][: len(own)].copy_(other[share]))
+        own.div_(self.count)
+        shared.barrier()
+        for rank, other in shared.others.items():
+            place = self._share(bucket, rank)
+            shared.own[place].copy_(other[place])
+
+    def done(self) -> None:
+        next(iter(self.shared.values())).barrier()  # all have read everything: gradients may change
+
+    def finish(self) -> bool:
+        there = super().finish()
+        if there:
+            for bucket in self.buckets:
+                for weight, view in zip(bucket.weights, bucket.views, strict=True):
+                    weight.grad = view
+        return there
 
 
 def _in_a_row(weights: Sequence[nn.Parameter]) -> list[tuple[int, nn.Parameter]]:

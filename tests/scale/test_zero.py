@@ -60,8 +60,8 @@ def alone(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 @pytest.mark.parametrize(
     "case",
-    ["torch's ddp", "ddp", *ZEROS, *OFFLOADED]
-    + [f"{kind} accumulated" for kind in ("ddp", "zero2", "zero2 copies", "zero3")],
+    ["torch's ddp", "ddp", "ddp copies", *ZEROS, *OFFLOADED]
+    + [f"{kind} accumulated" for kind in ("ddp", "ddp copies", "zero2", "zero2 copies", "zero3")],
 )
 def test_a_global_batch_gives_one_run_under_any_strategy(case: str, trainings: Trainings, alone: Any) -> None:
     folder, results = trainings
@@ -121,8 +121,9 @@ def test_ddp_names_a_weight_without_a_gradient(trainings: Trainings) -> None:
         assert "2 of 4 weights had no gradient, e.g. idle.weight" in rank["error"]
 
 
-def test_ddp_averages_gradients_that_lie_otherwise_on_one_process(trainings: Trainings) -> None:
-    for rank in trainings[1]["laid out otherwise"]:
+@pytest.mark.parametrize("case", ["laid out otherwise", "laid out otherwise, copies"])
+def test_ddp_averages_gradients_that_lie_otherwise_on_one_process(case: str, trainings: Trainings) -> None:
+    for rank in trainings[1][case]:
         torch.testing.assert_close(rank["gradient"], torch.arange(1200.0).view(30, 40) * 1.5)
 
 

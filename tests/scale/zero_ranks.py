@@ -33,7 +33,7 @@ from lit_gen.errors import UserError
 from lit_gen.methods.base import Optimizer
 from lit_gen.methods.stylecrafter import StyleCrafter
 from lit_gen.scale import ddp, peers
-from lit_gen.scale.ddp import DDP, Averaging
+from lit_gen.scale.ddp import DDP, Averaging, AveragingByCopies, AveragingInPlace
 from lit_gen.scale.zero import ZeRO
 
 GLOBAL_BATCH, STEPS, MIDDLE = 4, 4, 2
@@ -244,7 +244,7 @@ def full_disk(folder: Path, base: str) -> dict[str, Any]:
 def without_a_gradient(folder: Path, base: str) -> dict[str, Any]:
     """What DDP objects when a trained weight takes no part."""
     model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("used", "idle")})
-    averaging = Averaging(dict(model.named_parameters()), 100)
+    averaging = AveragingInPlace(dict(model.named_parameters()), 100)
     try:
         model["used"](torch.ones(1, 2)).sum().backward()
     except RuntimeError as error:
@@ -254,7 +254,7 @@ def without_a_gradient(folder: Path, base: str) -> dict[str, Any]:
     return {"error": ""}
 
 
-def laid_out_otherwise(folder: Path, base: str) -> dict[str, Any]:
+def laid_out_otherwise(kind: type[Averaging]) -> dict[str, Any]:
     """The gradient that DDP gives if the second process's lies in memory otherwise than its weight."""
     weight = torch.nn.Parameter(torch.zeros(30, 40))  # of more than LARGE numbers
 
@@ -263,7 +263,7 @@ def laid_out_otherwise(folder: Path, base: str) -> dict[str, Any]:
             weight.grad = weight.grad.t().contiguous().t()
 
     weight.register_post_accumulate_grad_hook(turn)
-    averaging = Averaging({"weight": weight}, 2000)
+    averaging = kind({"weight": weight}, 2000)
     (weight * torch.arange(1200.0).view(30, 40) * (RANK + 1)).sum().backward()
     averaging.remove()
     return {"gradient": weight.grad.clone()}
@@ -272,6 +272,8 @@ def laid_out_otherwise(folder: Path, base: str) -> dict[str, Any]:
 CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "torch's ddp": lambda f, b: train(f, b, "ddp"),
     "ddp": lambda f, b: train(f, b, DDP(BUCKET), turned=True),
+    "ddp copies": lambda f, b: train(f, b, DDP(BUCKET, "copies"), turned=True),
+    "ddp copies accumulated": lambda f, b: train(f, b, DDP(BUCKET, "copies"), accumulate=2),
     **{f"zero{i}": lambda f, b, i=i: train(f, b, zero(i), turned=i == 2) for i in (1, 2, 3)},
     **{
         f"zero{i} resumed": lambda f, b, i=i: train(f, b, zero(i), ckpt=middle(f.with_name(f"zero{i}")), turned=i == 2)
@@ -303,7 +305,8 @@ CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "from another order": lambda f, b: refused(f, b, middle(f.with_name("zero2"))),
     "full disk": full_disk,
     "without a gradient": without_a_gradient,
-    "laid out otherwise": laid_out_otherwise,
+    "laid out otherwise": lambda f, b: laid_out_otherwise(AveragingInPlace),
+    "laid out otherwise, copies": lambda f, b: laid_out_otherwise(AveragingByCopies),
 }
 
 
