@@ -176,9 +176,8 @@ class AveragingByCopies(Averaging):
         bucket.fill()
         shared.barrier()
         own = shared.own[share]
-        for other in shared.others.values():
-            own.add_(self.read[own.dtype][: len(own)].copy_(other[share]))
-        own.div_(self.count)
+        for terms, other in enumerate(shared.others.values(), start=2):  # the mean of what has been read so far
+            own.lerp_(self.read[own.dtype][: len(own)].copy_(other[share]), 1 / terms)
         shared.barrier()
         for rank, other in shared.others.items():
             place = self._share(bucket, rank)
