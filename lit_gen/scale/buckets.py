@@ -108,6 +108,7 @@ class Buckets(ABC):
         self.producers: set[Any] = set()  # streams that gradients are written on, as seen in the first pass
         self.sent = 0  # buckets of this backward pass
         self.started = False  # whether a gradient has arrived since the last pass
+        self._taken: tuple[Any, list[Tensor | None]] | None = None  # the bucket before's gradients, and from when on
         self._whole: list[int] = []  # buckets of the first pass, as they became whole
         self._ordered = False
         self._find_places()
@@ -117,6 +118,25 @@ class Buckets(ABC):
     @abstractmethod
     def reduce(self, bucket: Bucket) -> None:
         """Send a bucket. On GPUs the current stream is the side stream, for which `finish` waits."""
+
+    def take(self, bucket: Bucket) -> None:
+        """Fill a bucket that gradients are copied into; they are the weights' no longer.
+
+        Their memory is given back with the next bucket, by when they have been copied long since: to free it at once,
+        `Tensor.record_stream` would need an event for each gradient.
+        """
+        self._give_back()
+        bucket.fill()
+        if self.side is not None:
+            self._taken = self.side.record_event(), [weight.grad for weight in bucket.weights]
+        for weight in bucket.weights:
+            weight.grad = None
+
+    def _give_back(self) -> None:
+        if self._taken is not None:
+            for stream in self.producing():
+                stream.wait_event(self._taken[0])
+            self._taken = None
 
     def done(self) -> None:  # noqa: B027
         """Follow the last bucket of a backward pass, on the side stream."""
@@ -175,6 +195,7 @@ class Buckets(ABC):
         self.sent, self.started = 0, False
         if self.side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.side)
+        self._give_back()
         if not self._ordered:
             self._take_order()
         return True

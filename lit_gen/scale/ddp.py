@@ -6,14 +6,14 @@ import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from lit_gen.errors import UserError, at_least
+from lit_gen.errors import at_least
 from lit_gen.scale import peers
 from lit_gen.scale.buckets import Bucket, Buckets, average_all, cut, default_size
 from lit_gen.scale.layout import has_no_gaps, lie_alike
@@ -26,16 +26,17 @@ class DDP(DDPStrategy):
     """Every process holds everything; gradients are averaged while the backward pass goes on.
 
     torch's DistributedDataParallel copies each gradient into its bucket by a kernel of its own, on the stream of the
-    backward pass. Here those of 65,536 numbers and more are averaged where they lie, and one kernel copies a bucket's
-    others. Every trained weight must have a gradient in every step, as there.
+    backward pass, and NCCL's kernels then take multiprocessors from that pass. Here GPUs of one node read each other's
+    buckets by their copy engines. Where they cannot, gradients of 65,536 numbers and more are averaged where they lie.
+    Every trained weight must have a gradient in every step, as there.
 
     Args:
         bucket: gradients are sent this many numbers at a time; by default an eighth of all, from 25 million on.
-        exchange: how gradients go between GPUs: by "nccl", or, within one node, by "copies" that leave the
-            multiprocessors to what is computed meanwhile; for these each gradient is copied once more.
+        exchange: how gradients go between processes: by "collectives" (NCCL), or by "copies" between the GPUs of one
+            node, which leave the multiprocessors to the backward pass; "auto" takes these where they can be.
     """
 
-    def __init__(self, bucket: int | None = None, exchange: Literal["nccl", "copies"] = "nccl") -> None:
+    def __init__(self, bucket: int | None = None, exchange: peers.Exchange = "auto") -> None:
         if bucket is not None:
             at_least(1, bucket=bucket)
         super().__init__()
@@ -45,9 +46,8 @@ class DDP(DDPStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:
         _sync_module_states(model)
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        if self.exchange == "copies" and self.num_nodes > 1:
-            raise UserError("trainer.strategy: exchange: copies needs all GPUs in one node")
-        self.averaging = (AveragingByCopies if self.exchange == "copies" else AveragingInPlace)(trained, self.bucket)
+        copies = peers.by_copies(self.exchange, self.root_device, self.num_nodes)
+        self.averaging = (AveragingByCopies if copies else AveragingInPlace)(trained, self.bucket)
         return model
 
     def _register_ddp_hooks(self) -> None: ...
@@ -115,7 +115,7 @@ class Averaging(Buckets):
 
 
 class AveragingInPlace(Averaging):
-    """By NCCL; large gradients are averaged where they lie."""
+    """By collectives; large gradients are averaged where they lie."""
 
     def __init__(self, weights: Mapping[str, nn.Parameter], size: int | None) -> None:
         super().__init__(weights, size)
@@ -173,7 +173,7 @@ class AveragingByCopies(Averaging):
 
     def reduce(self, bucket: Bucket) -> None:
         shared, share = self.shared[id(bucket)], self._share(bucket, self.rank)
-        bucket.fill()
+        self.take(bucket)
         shared.barrier()
         own = shared.own[share]
         for terms, other in enumerate(shared.others.values(), start=2):  # the mean of what has been read so far

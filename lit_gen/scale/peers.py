@@ -5,15 +5,18 @@ NCCL's kernels run on multiprocessors, and what computes beside them is slowed d
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lit_gen.errors import UserError
+
+Exchange = Literal["auto", "copies", "collectives"]
 
 
 @dataclass
@@ -37,6 +40,7 @@ def share(numel: int, dtype: torch.dtype, device: torch.device, group: Any) -> S
     Raises:
         UserError: the devices cannot read each other's memory.
     """
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # which nothing here uses
     from torch.distributed import _symmetric_memory as symmetric
 
     try:
@@ -44,7 +48,36 @@ def share(numel: int, dtype: torch.dtype, device: torch.device, group: Any) -> S
         handle = symmetric.rendezvous(own, group)
     except RuntimeError as error:
         told = str(error).strip().splitlines()[0]
-        raise UserError(f"trainer.strategy: exchange: copies: GPUs cannot read each other's memory ({told})") from None
-    ranks = range(dist.get_world_size(group))
-    others = {rank: handle.get_buffer(rank, (numel,), dtype) for rank in ranks if rank != dist.get_rank(group)}
-    return Shared(own, others, handle.barrier)
+        raise UserError(
+            f"trainer.strategy: exchange: copies needs GPUs that read each other's memory ({told}); use collectives"
+        ) from None
+    rank, count = dist.get_rank(group), dist.get_world_size(group)
+    # From the next one on, so that not all read from the same device at once.
+    ranks = [(rank + step) % count for step in range(1, count)]
+    return Shared(own, {other: handle.get_buffer(other, (numel,), dtype) for other in ranks}, handle.barrier)
+
+
+def by_copies(exchange: Exchange, device: torch.device, nodes: int) -> bool:
+    """Whether processes are to read each other's memory; all must call.
+
+    Args:
+        exchange: "auto" for whether they can.
+        device: of this process.
+        nodes: that the processes run on.
+
+    Raises:
+        UserError: "copies" are asked for on several nodes.
+    """
+    if exchange == "copies" and nodes > 1:
+        raise UserError("trainer.strategy: exchange: copies needs all GPUs in one node; use collectives")
+    if exchange != "auto":
+        return exchange == "copies"
+    if nodes > 1 or dist.get_world_size() == 1:
+        return False
+    can = torch.ones(1, device=device)
+    try:
+        share(1, torch.float32, device, dist.group.WORLD)
+    except UserError:
+        can.zero_()
+    dist.all_reduce(can, dist.ReduceOp.MIN)
+    return bool(can.item())

@@ -34,7 +34,7 @@ class Reduction(Buckets):
         optimizer: `DeepSpeedZeroOptimizer` of stage 2, nothing of which is offloaded.
         dtype: what gradients are sent in; they are kept in float32.
         size: numbers in a bucket; by default `default_size`.
-        copies: whether processes read each other's memory, by copies and not by NCCL.
+        copies: whether processes read each other's memory, and do not use collectives.
     """
 
     def __init__(self, optimizer: Any, dtype: torch.dtype, size: int | None, copies: bool = False) -> None:
@@ -56,7 +56,6 @@ class Reduction(Buckets):
         self.parts = [torch.zeros(int(n), device=device) for n in optimizer.partition_size]
         self.terms = dist.get_world_size() if copies else 1  # parts are that many times the mean
         self.fresh = True  # whether nothing has been added up since the last step
-        self._taken: tuple[Any, list[Tensor | None]] | None = None  # the bucket before's gradients, and from when on
         for hook in optimizer._grad_acc_hooks:  # which look through all weights in each backward pass
             hook.remove()
         super().__init__(buckets, device)
@@ -87,27 +86,9 @@ class Reduction(Buckets):
             optimizer.single_partition_of_fp32_groups[group].data = owned[rank].data
         optimizer.step = self.step
 
-    def send(self, bucket: Bucket) -> None:
-        self._free()
-        super().send(bucket)
-        for weight in bucket.weights:
-            weight.grad = None
-
-    def _free(self) -> None:
-        """Give back the memory of the bucket before's gradients, which has taken them long since.
-
-        `Tensor.record_stream` would do it at the price of an event for each gradient.
-        """
-        if self._taken is not None:
-            for stream in self.producing():
-                stream.wait_event(self._taken[0])
-            self._taken = None
-
     def reduce(self, bucket: Bucket) -> None:
         """Average a bucket over the processes, and add the part of it that is this process's own."""
-        bucket.fill()
-        if self.side is not None:
-            self._taken = self.side.record_event(), [weight.grad for weight in bucket.weights]
+        self.take(bucket)
         processes = self.optimizer.real_dp_process_group[bucket.vector]
         part, rank = self.parts[bucket.vector], dist.get_rank(processes)
         if self.slot is not None:
@@ -129,7 +110,6 @@ class Reduction(Buckets):
     def finish(self) -> bool:
         """After a backward pass; see Buckets.finish."""
         there = super().finish()
-        self._free()
         self.fresh = self.fresh and not there
         self.optimizer._epilogue_ran_this_backward = True
         return there

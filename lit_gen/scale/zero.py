@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Method
+from lit_gen.scale import peers
 from lit_gen.scale.buckets import LEAST
 from lit_gen.scale.consolidate import FROZEN, NAMES, ORDERS, TAG, parts_of, read_part
 from lit_gen.scale.layout import order_in_memory
@@ -43,8 +44,9 @@ class ZeRO(DeepSpeedStrategy):
         offload: what is kept in the host's memory: "optimizer" its state, "all" (stage 3) the trained weights too.
         bucket: gradients, and weights, are sent this many numbers at a time; by default 25 million, and at stage 2
             without offload an eighth of all gradients if that is more.
-        exchange: how numbers go between GPUs: by "nccl", or, at stage 2 within one node, by "copies" that leave the
-            multiprocessors to what is computed meanwhile.
+        exchange: how numbers go between processes: by "collectives" (NCCL), or, at stage 2 without offload, by "copies"
+            between the GPUs of one node, which leave the multiprocessors to what is computed meanwhile; "auto" takes
+            these where they can be.
     """
 
     accelerators: tuple[type, ...] = (CUDAAccelerator,)
@@ -54,7 +56,7 @@ class ZeRO(DeepSpeedStrategy):
         stage: Literal[1, 2, 3] = 2,
         offload: Literal["none", "optimizer", "all"] = "none",
         bucket: int | None = None,
-        exchange: Literal["nccl", "copies"] = "nccl",
+        exchange: peers.Exchange = "auto",
     ) -> None:
         try:
             import deepspeed  # noqa: F401
@@ -119,11 +121,8 @@ class ZeRO(DeepSpeedStrategy):
         if trainer.state.fn != TrainerFn.FITTING:  # nothing to divide without an optimizer
             return DDPStrategy.setup(self, trainer)
         refuse(self.lightning_module)
-        if self.exchange == "copies" and (self.num_nodes > 1 or not self._reduces):
-            raise UserError(
-                "trainer.strategy: exchange: copies needs all GPUs in one node, and trainer.precision bf16-mixed or "
-                "32-true"
-            )
+        if self.exchange == "copies" and not self._reduces:
+            raise UserError("trainer.strategy: exchange: copies needs trainer.precision bf16-mixed or 32-true")
         self.model_to_device()  # optimizers choose their kernels by device
         super().setup(trainer)
         return None
@@ -152,7 +151,8 @@ class ZeRO(DeepSpeedStrategy):
         if self._reduces:
             self._orders = {n: list(order_in_memory(p)) for n, p in weights.items() if not p.is_contiguous()}
             sent = torch.bfloat16 if self.precision_plugin.mixed else torch.float32
-            Reduction(optimizer, sent, self.bucket, self.exchange == "copies")
+            copies = peers.by_copies(self.exchange, self.root_device, self.num_nodes)
+            Reduction(optimizer, sent, self.bucket, copies)
         engine.checkpoint_engine = checkpoint_engine(engine)
         engine._copy_recovery_script = lambda path: None  # it would unpickle; `export` does not
         return engine, optimizer

@@ -121,6 +121,15 @@ def test_ddp_names_a_weight_without_a_gradient(trainings: Trainings) -> None:
         assert "2 of 4 weights had no gradient, e.g. idle.weight" in rank["error"]
 
 
+def test_memory_is_read_where_every_process_can(trainings: Trainings) -> None:
+    for rank in trainings[1]["one cannot"]:
+        assert {key: rank[key] for key in ("all", "one not", "nodes")} == {
+            "all": True,
+            "one not": False,
+            "nodes": False,
+        }
+
+
 @pytest.mark.parametrize("case", ["laid out otherwise", "laid out otherwise, copies"])
 def test_ddp_averages_gradients_that_lie_otherwise_on_one_process(case: str, trainings: Trainings) -> None:
     for rank in trainings[1][case]:

@@ -196,8 +196,12 @@ def middle(folder: Path) -> Path:
     return folder / "checkpoints" / f"step-{MIDDLE:08d}.ckpt"
 
 
-def zero(stage: int, offload: str = "none", **settings: Any) -> CPUZeRO:
-    return CPUZeRO(stage, offload, bucket=BUCKET, **settings)
+def zero(stage: int, offload: str = "none", exchange: peers.Exchange = "collectives") -> CPUZeRO:
+    return CPUZeRO(stage, offload, BUCKET, exchange)
+
+
+def averaged(exchange: peers.Exchange = "collectives") -> DDP:
+    return DDP(BUCKET, exchange)
 
 
 def refused(folder: Path, base: str, ckpt: Path) -> dict[str, Any]:
@@ -269,11 +273,27 @@ def laid_out_otherwise(kind: type[Averaging]) -> dict[str, Any]:
     return {"gradient": weight.grad.clone()}
 
 
+def one_cannot(folder: Path, base: str) -> dict[str, Any]:
+    """Whether processes read each other's memory if they all can, if one cannot, and on several nodes."""
+
+    def share(*_: Any) -> None:
+        if RANK == 1:
+            raise UserError("cannot")
+
+    device = torch.device("cpu")
+    told = {"all": peers.by_copies("auto", device, 1)}
+    peers.share = share
+    try:
+        return {**told, "one not": peers.by_copies("auto", device, 1), "nodes": peers.by_copies("auto", device, 2)}
+    finally:
+        peers.share = in_files
+
+
 CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "torch's ddp": lambda f, b: train(f, b, "ddp"),
-    "ddp": lambda f, b: train(f, b, DDP(BUCKET), turned=True),
-    "ddp copies": lambda f, b: train(f, b, DDP(BUCKET, "copies"), turned=True),
-    "ddp copies accumulated": lambda f, b: train(f, b, DDP(BUCKET, "copies"), accumulate=2),
+    "ddp": lambda f, b: train(f, b, averaged(), turned=True),
+    "ddp copies": lambda f, b: train(f, b, averaged("copies"), turned=True),
+    "ddp copies accumulated": lambda f, b: train(f, b, averaged("copies"), accumulate=2),
     **{f"zero{i}": lambda f, b, i=i: train(f, b, zero(i), turned=i == 2) for i in (1, 2, 3)},
     **{
         f"zero{i} resumed": lambda f, b, i=i: train(f, b, zero(i), ckpt=middle(f.with_name(f"zero{i}")), turned=i == 2)
@@ -288,10 +308,10 @@ CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "zero2 spoilt": lambda f, b: train(f, b, zero(2), turned=True, spoilt=1),
     "zero2 offloaded": lambda f, b: train(f, b, zero(2, offload="optimizer")),
     "zero3 offloaded": lambda f, b: train(f, b, zero(3, offload="all")),
-    "ddp accumulated": lambda f, b: train(f, b, DDP(BUCKET), accumulate=2),
+    "ddp accumulated": lambda f, b: train(f, b, averaged(), accumulate=2),
     "zero2 accumulated": lambda f, b: train(f, b, zero(2), accumulate=2),
     "zero3 accumulated": lambda f, b: train(f, b, zero(3), accumulate=2),
-    "ddp mixed": lambda f, b: train(f, b, DDP(BUCKET), precision="bf16-mixed"),
+    "ddp mixed": lambda f, b: train(f, b, averaged(), precision="bf16-mixed"),
     "zero2 mixed": lambda f, b: train(f, b, zero(2), precision="bf16-mixed"),
     "zero3 mixed": lambda f, b: train(f, b, zero(3), precision="bf16-mixed"),
     "zero3 second stage": lambda f, b: train(
@@ -305,6 +325,7 @@ CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "from another order": lambda f, b: refused(f, b, middle(f.with_name("zero2"))),
     "full disk": full_disk,
     "without a gradient": without_a_gradient,
+    "one cannot": one_cannot,
     "laid out otherwise": lambda f, b: laid_out_otherwise(AveragingInPlace),
     "laid out otherwise, copies": lambda f, b: laid_out_otherwise(AveragingByCopies),
 }
