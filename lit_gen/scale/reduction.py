@@ -8,6 +8,7 @@ owns that run; and weights are sent while those after them are stepped.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -34,45 +35,33 @@ class Reduction(Buckets):
         optimizer: `DeepSpeedZeroOptimizer` of stage 2, nothing of which is offloaded.
         dtype: what gradients are sent in; they are kept in float32.
         size: numbers in a bucket; by default `default_size`.
-        copies: whether processes read each other's memory, and do not use collectives.
     """
 
-    def __init__(self, optimizer: Any, dtype: torch.dtype, size: int | None, copies: bool = False) -> None:
+    terms = 1  # gradients, as they are added up, are that many times the mean over the processes
+
+    def __init__(self, optimizer: Any, dtype: torch.dtype, size: int | None) -> None:
         self.optimizer = optimizer
         device = optimizer.bit16_groups_flat[0].device
         pairs = zip(optimizer.round_robin_bit16_offsets, optimizer.round_robin_bit16_groups, strict=True)
         vectors = [list(zip(starts, weights, strict=True)) for starts, weights in pairs]
         buckets = list(cut(vectors, size or default_size(weight for vector in vectors for _, weight in vector)))
-        longest = max(bucket.end - bucket.start for bucket in buckets)
-        self.slot: peers.Shared | None = None  # what is sent, one bucket after another
-        self.weights: list[peers.Shared] = []  # by group
-        if copies:
-            self.slot = peers.share(longest, dtype, device, dist.group.WORLD)
-            self.read = torch.empty(longest, dtype=dtype, device=device)  # from another process
-            self._share_weights(device)
-        numbers = torch.zeros(longest, dtype=dtype, device=device) if self.slot is None else self.slot.own.zero_()
+        numbers = self._make_room(max(bucket.end - bucket.start for bucket in buckets), dtype, device)
         for bucket in buckets:
             bucket.lie_in(numbers[: bucket.end - bucket.start])
         self.parts = [torch.zeros(int(n), device=device) for n in optimizer.partition_size]
-        self.terms = dist.get_world_size() if copies else 1  # parts are that many times the mean
         self.fresh = True  # whether nothing has been added up since the last step
         for hook in optimizer._grad_acc_hooks:  # which look through all weights in each backward pass
             hook.remove()
         super().__init__(buckets, device)
         self._take_over()
 
-    def _share_weights(self, device: torch.device) -> None:
-        """Have the flat vectors of weights lie where the other processes read them."""
-        optimizer = self.optimizer
-        for group, flat in enumerate(optimizer.bit16_groups_flat):
-            self.weights.append(peers.share(flat.numel(), flat.dtype, device, dist.group.WORLD))
-            shared = self.weights[-1].own.copy_(flat)
-            optimizer.bit16_groups_flat[group] = shared
-            optimizer.parallel_partitioned_bit16_groups[group] = optimizer.get_data_parallel_partitions(shared, group)
-            starts = optimizer.round_robin_bit16_offsets[group]
-            for weight, start in zip(optimizer.round_robin_bit16_groups[group], starts, strict=True):
-                run = shared.narrow(0, start, weight.numel())
-                weight.data = run.as_strided(weight.shape, weight.stride())
+    @abstractmethod
+    def _make_room(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What buckets are sent in, one after another, and what else there must be before."""
+
+    @abstractmethod
+    def _gather(self, group: int, low: int, high: int) -> None:
+        """Numbers low to high of every process's own weights, from each to all others."""
 
     def _take_over(self) -> None:
         optimizer = self.optimizer
@@ -86,26 +75,16 @@ class Reduction(Buckets):
             optimizer.single_partition_of_fp32_groups[group].data = owned[rank].data
         optimizer.step = self.step
 
-    def reduce(self, bucket: Bucket) -> None:
-        """Average a bucket over the processes, and add the part of it that is this process's own."""
-        self.take(bucket)
-        processes = self.optimizer.real_dp_process_group[bucket.vector]
-        part, rank = self.parts[bucket.vector], dist.get_rank(processes)
-        if self.slot is not None:
-            self.slot.barrier()  # all have filled theirs
-        for owner in range(bucket.start // part.numel(), (bucket.end - 1) // part.numel() + 1):
-            low, high = max(bucket.start, owner * part.numel()), min(bucket.end, (owner + 1) * part.numel())
-            place = slice(low - bucket.start, high - bucket.start)
-            run = bucket.numbers[place]
-            if self.slot is None:
-                average(run, processes, owner)
-            if owner == rank:
-                own = part[low - owner * part.numel() : high - owner * part.numel()]
-                own.copy_(run) if self.fresh else own.add_(run)
-                for other in self.slot.others.values() if self.slot else ():
-                    own.add_(self.read[: len(run)].copy_(other[place]))
-        if self.slot is not None:
-            self.slot.barrier()  # all have read: the next bucket may be filled in
+    def _own(self, bucket: Bucket) -> tuple[slice, Tensor]:
+        """Where this process's own numbers are in a bucket, and what they are added up in."""
+        part, processes = self.parts[bucket.vector], self.optimizer.real_dp_process_group[bucket.vector]
+        begin = dist.get_rank(processes) * part.numel()
+        low = max(bucket.start, begin)
+        high = max(low, min(bucket.end, begin + part.numel()))
+        return slice(low - bucket.start, high - bucket.start), part[low - begin : high - begin]
+
+    def _add(self, numbers: Tensor, own: Tensor) -> None:
+        own.copy_(numbers) if self.fresh else own.add_(numbers)
 
     def finish(self) -> bool:
         """After a backward pass; see Buckets.finish."""
@@ -144,15 +123,27 @@ class Reduction(Buckets):
         for low, high in step_in_pieces(self.optimizer.optimizer, size):
             with self.aside():
                 for group in range(len(self.parts)):
-                    self._read(group, low, high) if self.weights else self._gather(group, low, high)
-        with self.aside():
-            for weights in self.weights:
-                weights.barrier()  # all have read: weights may change
+                    self._gather(group, low, high)
         if self.side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.side)
 
+
+class ReductionByCollectives(Reduction):
+    """Each run of a bucket is reduced to the process that owns it, and each process broadcasts its weights."""
+
+    def _make_room(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros(numel, dtype=dtype, device=device)
+
+    def reduce(self, bucket: Bucket) -> None:
+        self.take(bucket)
+        processes, size = self.optimizer.real_dp_process_group[bucket.vector], self.parts[bucket.vector].numel()
+        for owner in range(bucket.start // size, (bucket.end - 1) // size + 1):
+            low, high = max(bucket.start, owner * size), min(bucket.end, (owner + 1) * size)
+            average(bucket.numbers[low - bucket.start : high - bucket.start], processes, owner)
+        place, own = self._own(bucket)
+        self._add(bucket.numbers[place], own)
+
     def _gather(self, group: int, low: int, high: int) -> None:
-        """Numbers low to high of every process's own weights, from each to all others."""
         processes = self.optimizer.real_dp_process_group[group]
         owned = self.optimizer.parallel_partitioned_bit16_groups[group]
         if low >= len(owned[0]):
@@ -165,13 +156,45 @@ class Reduction(Buckets):
                 source = dist.get_global_rank(processes, rank)
                 dist.broadcast(weights[low:high], source, group=processes, async_op=self.side is not None)
 
-    def _read(self, group: int, low: int, high: int) -> None:
-        """The same by copies, of each process's own weights from where it has them."""
+
+class ReductionByCopies(Reduction):
+    """Each process reads what it owns of the others' buckets, and then their weights."""
+
+    def _make_room(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        self.terms, optimizer = dist.get_world_size(), self.optimizer
+        self.slot = peers.share(numel, dtype, device, dist.group.WORLD)
+        self.read = torch.empty(numel, dtype=dtype, device=device)  # from another process
+        self.weights: list[peers.Shared] = []  # by group
+        for group, flat in enumerate(optimizer.bit16_groups_flat):
+            self.weights.append(peers.share(flat.numel(), flat.dtype, device, dist.group.WORLD))
+            shared = self.weights[-1].own.copy_(flat)
+            optimizer.bit16_groups_flat[group] = shared
+            optimizer.parallel_partitioned_bit16_groups[group] = optimizer.get_data_parallel_partitions(shared, group)
+            starts = optimizer.round_robin_bit16_offsets[group]
+            for weight, start in zip(optimizer.round_robin_bit16_groups[group], starts, strict=True):
+                weight.data = shared.narrow(0, start, weight.numel()).as_strided(weight.shape, weight.stride())
+        return self.slot.own.zero_()
+
+    def reduce(self, bucket: Bucket) -> None:
+        self.take(bucket)
+        self.slot.barrier()  # all have filled theirs
+        place, own = self._own(bucket)
+        self._add(bucket.numbers[place], own)
+        for other in self.slot.others.values():
+            own.add_(self.read[: len(own)].copy_(other[place]))
+        self.slot.barrier()  # all have read: the next bucket may be filled in
+
+    def _gather(self, group: int, low: int, high: int) -> None:
         weights, part = self.weights[group], len(self.parts[group])
         weights.barrier()
         for rank, other in weights.others.items():
             place = slice(rank * part + low, min(rank * part + high, (rank + 1) * part))
             weights.own[place].copy_(other[place])
+
+    def _step_and_gather(self) -> None:
+        super()._step_and_gather()
+        for weights in self.weights:
+            weights.barrier()  # all have read: weights may change
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from lit_gen.scale import peers
 from lit_gen.scale.buckets import LEAST
 from lit_gen.scale.consolidate import FROZEN, NAMES, ORDERS, TAG, parts_of, read_part
 from lit_gen.scale.layout import order_in_memory
-from lit_gen.scale.reduction import Reduction, flattened_as_they_lie
+from lit_gen.scale.reduction import ReductionByCollectives, ReductionByCopies, flattened_as_they_lie
 from lit_gen.scale.shards import unshard
 from lit_gen.weights import read_checkpoint, read_torch
 
@@ -152,7 +152,7 @@ class ZeRO(DeepSpeedStrategy):
             self._orders = {n: list(order_in_memory(p)) for n, p in weights.items() if not p.is_contiguous()}
             sent = torch.bfloat16 if self.precision_plugin.mixed else torch.float32
             copies = peers.by_copies(self.exchange, self.root_device, self.num_nodes)
-            Reduction(optimizer, sent, self.bucket, copies)
+            (ReductionByCopies if copies else ReductionByCollectives)(optimizer, sent, self.bucket)
         engine.checkpoint_engine = checkpoint_engine(engine)
         engine._copy_recovery_script = lambda path: None  # it would unpickle; `export` does not
         return engine, optimizer
