@@ -8,6 +8,7 @@ owns that run; and weights are sent while those after them are stepped.
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -73,6 +74,8 @@ class Reduction(Buckets):
         for group, owned in enumerate(optimizer.parallel_partitioned_bit16_groups):
             rank = dist.get_rank(optimizer.real_dp_process_group[group])
             optimizer.single_partition_of_fp32_groups[group].data = owned[rank].data
+        for weight in itertools.chain.from_iterable(optimizer.bit16_groups):
+            weight._hp_mapping = None  # to that copy, which it would keep alive, and from another of the weight
         optimizer.step = self.step
 
     def _own(self, bucket: Bucket) -> tuple[slice, Tensor]:
@@ -114,7 +117,6 @@ class Reduction(Buckets):
             self._step_and_gather()
         for weights in own:
             weights.grad = None
-        optimizer._lazy_init_hp_params_optimizer_state()
         self.fresh = True
 
     def _step_and_gather(self) -> None:

@@ -98,6 +98,13 @@ def test_a_process_writes_no_more_than_its_part(case: str, trainings: Trainings)
             assert weights.untyped_storage().nbytes() - weights.nbytes < 1000  # padding, and not the others' parts
 
 
+def test_zero_holds_nothing_twice(trainings: Trainings) -> None:
+    for rank in trainings[1]["zero2"]:  # all weights; this process's gradients, and AdamW's two numbers
+        assert rank["vectors"] == [1, 3]
+    for rank in trainings[1]["zero2 copies"]:  # and those of the other process
+        assert rank["vectors"] == [2, 3]
+
+
 @pytest.mark.parametrize("case", ["zero2", "zero2 copies", "zero3", "zero3 second stage"])
 def test_a_resumed_run_is_the_same_bit_for_bit(case: str, trainings: Trainings) -> None:
     folder, results = trainings

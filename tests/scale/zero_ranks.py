@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import shutil
@@ -116,11 +117,18 @@ class Parity(StyleCrafter):
         self.losses: list[float] = []
         self.validated: list[float] = []
         self.seen_dtypes: set[torch.dtype] = set()
+        self.vectors: list[int] = []  # of all weights' length, and of a process's part's, in the last step under ZeRO-2
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{**group, "fused": True} if self.turned else group for group in super().parameter_groups()]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        divided = getattr(
+            getattr(self.trainer.strategy.model, "optimizer", None), "parallel_partitioned_bit16_groups", None
+        )
+        if batch_idx == STEPS - 1 and divided:
+            ((part, *others),) = divided
+            self.vectors = [count_vectors(length) for length in (len(part) * (1 + len(others)), len(part))]
         torch.manual_seed(1000 + self.trainer.fit_loop.epoch_loop.total_batch_idx)
         with GlobalDraws(self.global_rank, self.trainer.world_size):
             loss = self.loss(batch).mean()
@@ -132,6 +140,13 @@ class Parity(StyleCrafter):
         torch.manual_seed(0)
         with GlobalDraws(self.global_rank, self.trainer.world_size):
             self.validated.append(self.loss(batch).mean().item())
+
+
+def count_vectors(length: int) -> int:
+    """Vectors of so many float32 numbers that something refers to, or to a part of."""
+    gc.collect()
+    storages = [each.untyped_storage() for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter)]
+    return len({storage.data_ptr() for storage in storages if storage.nbytes() == 4 * length})
 
 
 class Batches:
@@ -187,6 +202,7 @@ def train(
         "losses": module.losses,
         "validated": module.validated,
         "weights": {k: v.clone() for k, v in module.state_dict().items()},
+        "vectors": module.vectors,
         "frozen dtypes": [str(d) for d in module.seen_dtypes],
         "devices": [str(p.device) for p in module.parameters()][:1],
     }
