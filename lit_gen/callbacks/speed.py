@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_gen.callbacks.record import count
+from lit_gen.scale import peers
 
 try:
     import resource
@@ -150,7 +151,7 @@ class Speed(L.Callback):
 def peak_memory(device: torch.device) -> float:
     """Most memory in use at once so far, in GiB: that of tensors on a GPU, that of the whole process on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return (torch.cuda.max_memory_allocated(device) + peers.held()) / 2**30
     if resource is None:
         return UNKNOWN
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux tells KiB

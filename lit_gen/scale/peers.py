@@ -6,6 +6,7 @@ NCCL's kernels run on multiprocessors, and what computes beside them is slowed d
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,8 +19,10 @@ from lit_gen.errors import UserError
 
 Exchange = Literal["auto", "copies", "collectives"]
 
+_shared: weakref.WeakSet[Shared] = weakref.WeakSet()
 
-@dataclass
+
+@dataclass(eq=False)
 class Shared:
     """A vector of each process, which the others read.
 
@@ -54,7 +57,14 @@ def share(numel: int, dtype: torch.dtype, device: torch.device, group: Any) -> S
     rank, count = dist.get_rank(group), dist.get_world_size(group)
     # From the next one on, so that not all read from the same device at once.
     ranks = [(rank + step) % count for step in range(1, count)]
-    return Shared(own, {other: handle.get_buffer(other, (numel,), dtype) for other in ranks}, handle.barrier)
+    shared = Shared(own, {other: handle.get_buffer(other, (numel,), dtype) for other in ranks}, handle.barrier)
+    _shared.add(shared)
+    return shared
+
+
+def held() -> int:
+    """Bytes that this process shares; torch's own count of a device's memory leaves them out."""
+    return sum(shared.own.nbytes for shared in _shared)
 
 
 def by_copies(exchange: Exchange, device: torch.device, nodes: int) -> bool:

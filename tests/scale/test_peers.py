@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as L
@@ -18,6 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from lit_gen.scale import peers
 
 STEPS, SIZES = 12, [random.Random(0).choice((7, 1000, 70_000, 1_500_000)) for _ in range(60)]
 RANK, WORLD = int(os.environ.get("LOCAL_RANK", 0)), 2
@@ -116,6 +119,20 @@ def test_sums_are_exact(tmp_path: Path) -> None:
                 torch.testing.assert_close(
                     weight, want, rtol=1e-5, atol=1e-6, msg=lambda told, case=case: f"{case}: {told}"
                 )
+
+
+def test_shared_memory_counts_as_long_as_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = SimpleNamespace(get_buffer=lambda rank, shape, dtype: torch.full(shape, float(rank)), barrier=lambda: None)
+    monkeypatch.setattr("torch.distributed._symmetric_memory.empty", torch.empty)
+    monkeypatch.setattr("torch.distributed._symmetric_memory.rendezvous", lambda own, group: handle)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 2)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4)
+    shared = peers.share(100, torch.float32, torch.device("cpu"), None)
+    assert peers.held() == 400
+    assert list(shared.others) == [3, 0, 1]  # no two processes read from the same one at a time
+    assert all((numbers == rank).all() for rank, numbers in shared.others.items())
+    del shared
+    assert peers.held() == 0
 
 
 def train(case: str) -> dict[str, Any]:
