@@ -39,7 +39,6 @@ from lit_gen.scale.zero import ZeRO
 
 GLOBAL_BATCH, STEPS, MIDDLE = 4, 4, 2
 BUCKET = 20_000  # numbers, so that there are several buckets
-ddp.LARGE = 500  # so that some gradients are sent from where they lie, and some are copied
 RANK, WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # Lightning will forget them
 
 
@@ -54,9 +53,6 @@ def in_files(numel: int, dtype: torch.dtype, device: torch.device, group: Any) -
             vectors[rank] = torch.from_file(path, shared=True, size=max(numel, 1), dtype=dtype)[:numel]
         dist.barrier()
     return peers.Shared(vectors.pop(RANK), vectors, dist.barrier)
-
-
-peers.share = in_files
 
 
 class CPUZeRO(ZeRO):
@@ -374,6 +370,8 @@ def run_pair(base: Path, folder: Path, cases: list[str]) -> dict[str, list[dict[
 
 if __name__ == "__main__":
     base, folder, *cases = sys.argv[1:]
+    peers.share = in_files
+    ddp.LARGE = 500  # so that some gradients are sent from where they lie, and some are copied
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for half a minute
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         os.environ.setdefault(name, "0")
