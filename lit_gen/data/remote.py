@@ -16,6 +16,7 @@ import os
 import re
 import select
 import signal
+import string
 import subprocess
 import tempfile
 import threading
@@ -71,7 +72,13 @@ def check_scheme(source: str) -> None:
     if scheme not in ("http", "https"):
         told = {"s3": f"aws s3 cp '{source}' -", "gs": f"gsutil cat '{source}'"}.get(scheme, f"COMMAND {source}")
         raise ShardError(f"{source}: {scheme}:// is not read directly; write pipe:{told}")
-    if re.search(r"[*?\[]", urllib.parse.urlsplit(source).path):
+    try:
+        parts = urllib.parse.urlsplit(source)
+        if not parts.hostname or parts.port == 0:
+            raise ValueError("it names no server")
+    except ValueError as error:
+        raise ShardError(f"{source} is not a URL: {error}") from None
+    if re.search(r"[*?\[]", parts.path):
         raise ShardError(f"{source}: files of a server cannot be listed; name them by a brace pattern or an index.json")
 
 
@@ -88,7 +95,7 @@ def fetch_index(folder: str) -> dict:
             text = stream.read()
         try:
             index = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ShardError(f"{url} is not an index: it begins with {text[:40]!r}") from None
         with _disk(file):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -315,7 +322,8 @@ def _download(url: str, stream: BinaryIO, size: int, clock: _Clock) -> bool:
 def _transfer(url: str, stream: BinaryIO, size: int, clock: _Clock) -> bool:
     start = stream.seek(0, os.SEEK_END)
     headers = {"User-Agent": "lit_gen", "Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=clock.left()) as answer:
+    address = urllib.parse.quote(url, safe=string.punctuation)  # spaces, and letters beyond ASCII
+    with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=clock.left()) as answer:
         if start and answer.status != 206:  # it starts again
             start = 0
             _empty(stream)

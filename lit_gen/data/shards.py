@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
 FORMAT = 1
+_HEADER = 512  # bytes of a tar that each file in it takes at least
 _AT_ONCE = 4  # shards fetched at the same time to be counted
 
 
@@ -116,8 +118,9 @@ class ShardSet:
         except FileNotFoundError:
             if Path(source) != folder:
                 raise ShardError(f"{source} is not built; run python -m lit_gen data -c {source}") from None
-            raise ShardError(f"{folder} has no {INDEX}; name its tars themselves with '{folder}/*.tar'") from None
-        except ValueError as error:
+            literal = re.sub(r"([{}\\])", r"\\\1", glob.escape(str(folder)))
+            raise ShardError(f"{folder} has no {INDEX}; name its tars themselves with '{literal}/*.tar'") from None
+        except (ValueError, RecursionError) as error:
             raise ShardError(f"{folder / INDEX} is not valid JSON ({error}); build or pack the set again") from None
         shards = [replace(shard, file=folder / shard.file) for shard in _shards_of(index, folder / INDEX)]
         return cls._indexed(str(source), _present(shards, source), index)
@@ -175,7 +178,10 @@ class ShardSet:
         """A set without an index, its samples counted by the headers of its tars."""
         found = []
         for shard in shards:
-            table, state = _scanned(shard.file)
+            try:
+                table, state = _scanned(shard.file)
+            except OSError as error:
+                raise ShardError(f"{shard.file}: {error.strerror or error}") from None
             if table.problem:
                 logger.warning("data: %s: %s; only its whole samples are used", shard, table.problem)
             found.append((replace(shard, samples=len(table.keys), bytes=state.size), table, state))
@@ -208,7 +214,10 @@ class ShardSet:
         shard = self.shards[number]
         if number not in self._tables:
             self.fetch(number, progress, stall_seconds)
-            self._tables[number] = _scanned(shard.file, progress)
+            try:
+                self._tables[number] = _scanned(shard.file, progress)
+            except OSError as error:
+                raise BadSample(f"{shard.file.name}: {error.strerror or error}") from None
         table, state = self._tables[number]
         if row >= len(table.keys):
             reason = table.problem or "it is not the one that was indexed"
@@ -262,6 +271,8 @@ class ShardSet:
                     problems.append(f"{shard}: {problem}")
             elif checksum(shard.file) != shard.sha256:
                 problems.append(f"{shard.file} does not match its checksum")
+            elif (count := len(_scanned(shard.file)[0].keys)) != shard.samples:
+                problems.append(f"{shard.file} holds {count} samples, and the index says {shard.samples}")
         return problems
 
 
@@ -270,11 +281,11 @@ def write_tar(file: Path, samples: Iterable[dict[str, str | bytes]]) -> Shard:
     partial = file.with_suffix(".partial")
     count = 0
     with partial.open("wb") as stream:
-        tar = TarWriter(stream, encoder=False, mtime=0, user="", group="")  # no times: equal content, equal bytes
-        for sample in samples:
-            tar.write(sample)
-            count += 1
-        tar.close()
+        # no times: equal content, equal bytes
+        with contextlib.closing(TarWriter(stream, encoder=False, mtime=0, user="", group="")) as tar:
+            for sample in samples:
+                tar.write(sample)
+                count += 1
         stream.flush()
         os.fsync(stream.fileno())
     partial.rename(file)
@@ -352,11 +363,13 @@ def _shards_of(index: Any, where: str | Path) -> list[Shard]:
             if not isinstance(index[key], wanted):
                 raise TypeError
         shards = [Shard(Path(s["file"]), int(s["samples"]), int(s["bytes"]), str(s["sha256"])) for s in index["shards"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ShardError(f"{where} lacks what an index holds ({error!r}); see data/README.md") from None
     for shard in shards:  # an index from elsewhere must not lead out of its folder
         if shard.file.name != str(shard.file) or shard.file.name in ("..", INDEX):
             raise ShardError(f"{where} names {shard.file}; a shard is a file beside its index")
+        if not 0 <= shard.samples * _HEADER <= max(shard.bytes, 0):
+            raise ShardError(f"{where}: {shard.file} cannot have {shard.samples} samples in {shard.bytes} bytes")
     return shards
 
 

@@ -2,6 +2,7 @@
 
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 
 class Server(ThreadingHTTPServer):
@@ -29,7 +30,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         server.asked.append(self.path)
-        file = server.folder / self.path.strip("/").partition("?")[0]
+        file = server.folder / unquote(self.path.strip("/").partition("?")[0])
         if not file.is_file():
             return self.send_error(404)
         data, manner = file.read_bytes(), server.manner

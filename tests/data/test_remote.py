@@ -168,3 +168,14 @@ def test_verify_fetches_and_compares(server):
     file = shards.shards[1].file
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     assert shards.verify() == [f"{file} does not match its checksum"]
+
+
+@pytest.mark.parametrize("url", ["http://[::1/a", "http:///a.tar", "http://x:99999/a.tar"])
+def test_what_is_no_url_is_one_line(url):
+    with pytest.raises(ShardError, match="is not a URL"):
+        ShardSet.open(url)
+
+
+def test_urls_may_hold_spaces_and_other_letters(server, folder):
+    (folder.parent / "sp ace é").symlink_to(folder)
+    assert len(ShardSet.open(f"{server.url}/sp ace é".replace("/grey/", "/"))) == 22

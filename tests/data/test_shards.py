@@ -1,3 +1,5 @@
+import errno
+import gc
 import gzip
 import io
 import json
@@ -159,3 +161,49 @@ def test_the_set_files_of_the_project_are_valid():
     assert {"styled-images", "photo-images", "motion-videos"} <= sets.keys()
     assert sets["styled-images-heldout"].split == "test"
     assert all(file.read_text().startswith("# ") for file in files)
+
+
+def test_an_index_that_cannot_be_true_is_one_line(folder):
+    index = json.loads((folder / "index.json").read_text())
+    for samples in (-5, 10**13, 10**20, float("inf")):
+        index["shards"][0]["samples"] = samples
+        (folder / "index.json").write_text(json.dumps(index))
+        assert "index.json" in error_of(folder)
+    (folder / "index.json").write_text("[" * 100_000)
+    assert "is not valid JSON" in error_of(folder)
+
+
+def test_verify_counts_samples(folder):
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][1]["samples"] += 1
+    (folder / "index.json").write_text(json.dumps(index))
+    assert ShardSet.open(folder).verify() == [f"{folder}/000001.tar holds 5 samples, and the index says 6"]
+
+
+def test_a_shard_that_may_not_be_read_is_one_line(folder, monkeypatch):
+    def scan(file, progress=None):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    shards = ShardSet.open(folder)
+    monkeypatch.setattr(Table, "scan", scan)
+    with pytest.raises(BadSample, match="000000.tar: Permission denied"):
+        shards.read(0, EVERYTHING)
+    assert error_of(f"{folder}/000000.tar") == f"{folder}/000000.tar: Permission denied"
+
+
+def test_the_advice_for_a_folder_with_magic_in_its_name_works(tmp_path):
+    folder = image_set(tmp_path / "sp ace é [1] {a,b}")
+    (folder / "index.json").unlink()
+    pattern = error_of(folder).split("'")[1]
+    assert len(ShardSet.open(pattern)) == 22
+
+
+def test_what_cannot_be_packed_leaves_no_other_complaint(tmp_path, recwarn):
+    def samples():
+        yield {"__key__": "a", "txt": b"a"}
+        raise ShardError("cannot be read")
+
+    with pytest.raises(ShardError, match="cannot be read"):
+        write_tar(tmp_path / "000000.tar", samples())
+    gc.collect()  # a writer that is still open would complain now
+    assert not recwarn.list
