@@ -193,9 +193,10 @@ def _plan(
         name, colon, words = arm.partition(":")
         if not colon:
             raise UserError(f'--arm "{arm}": write it as "NAME: --key value …"')
-        if name.strip() in (part.arm for part in plan):
-            raise UserError(f'--arm "{arm}": there is another arm of this name')
-        more_words = shlex.split(words)
+        try:
+            more_words = shlex.split(words)
+        except ValueError as error:
+            raise UserError(f'--arm "{arm}": {error}') from None
         flags = {flag: getattr(options, flag) or f"--{flag}" in more_words for flag in FLAGS}
         more_files, more_options, more = cli.parse([w for w in more_words if w not in [f"--{flag}" for flag in FLAGS]])
         if more_options:
@@ -211,7 +212,10 @@ def _plan(
             window = {"warmup": options.warmup, "steps": options.steps, "rounds": options.rounds, **flags}
             (run.folder / WINDOW).write_text(json.dumps(window))
             request = {"files": [*files, *more_files], "settings": [list(pair) for pair in wanted], "window": window}
-            plan.append(Part(name.strip(), run.folder.name if staged else "", run, request))
+            part = Part(name.strip(), run.folder.name if staged else "", run, request)
+            if slug(part.name) in (slug(other.name) for other in plan):  # by which its files are called
+                raise UserError(f'--arm "{arm}": there is another arm of this name')
+            plan.append(part)
     return plan
 
 

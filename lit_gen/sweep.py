@@ -197,7 +197,11 @@ def _arms(merged: Settings, section: dict[str, Any]) -> tuple[str, list[Arm]]:
                 more["take"] = {stage: source + at for stage, source in take.items()}
             arms.append(Arm(written + at, written, settings | more, float(value)))
     names = {arm.name for arm in arms}
+    slugs: dict[str, Arm] = {}
     for arm in arms:
+        if (other := slugs.setdefault(slug(arm.name), arm)) is not arm:
+            where = merged.origin(("sweep", "arms", arm.written))
+            raise UserError(f"{where}: `{other.name}` and `{arm.name}` would share their folders; rename one of them")
         for stage, source in (arm.settings.get("take") or {}).items():
             if source not in names:
                 where = merged.origin(("sweep", "arms", arm.written, "take", stage))

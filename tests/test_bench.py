@@ -124,6 +124,8 @@ def test_a_comparison_says_what_else_changed(capsys: pytest.CaptureFixture[str])
         ([], "bench needs an experiment, -c FILE, or one of: "),
         (["-c", "toy.yaml", "--arm", "two"], 'write it as "NAME: --key value …"'),
         (["-c", "toy.yaml", "--arm", "a:", "--arm", "a:"], "there is another arm of this name"),
+        (["-c", "toy.yaml", "--arm", "a b:", "--arm", "a-b:"], "there is another arm of this name"),
+        (["-c", "toy.yaml", "--arm", "a: 'b"], "No closing quotation"),
         (["-c", "toy.yaml", "--arm", "a: --stage one"], "--stage has no place in an arm"),
         (["-c", "toy.yaml", "--arm", "a: --model.widht 3"], "did you mean `width`?"),
         (["-c", "toy.yaml", "--steps", "many"], "--steps needs a number, not 'many'"),

@@ -304,3 +304,9 @@ def test_findings_stand_before_the_figures(tmp_path: Path) -> None:
     report = {"out": str(tmp_path / "r.md"), "measures": {"right": {}}, "text": "What.", "findings": "It is so."}
     write(sweep.Sweep("s", [cell], report))
     assert "What.\n\n## Findings\n\nIt is so.\n\n## Figures\n\n| arm |" in (tmp_path / "r.md").read_text()
+
+
+def test_arms_that_would_share_a_folder_are_refused(here: Path) -> None:
+    (here / "toy.yaml").write_text(TOY + "sweep: {seeds: [0], arms: {a b: {}, a-b: {}}}\n")
+    with pytest.raises(UserError, match="`a b` and `a-b` would share their folders"):
+        sweep.read(["toy.yaml"])
