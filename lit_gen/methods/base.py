@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from lit_gen.errors import UserError
+from lit_gen.errors import UserError, at_least
 from lit_gen.weights import read_checkpoint
 
 
@@ -40,6 +40,13 @@ class Optimizer:
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine", "linear", "trapezoid"] = "constant"
     clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        at_least(
+            0, lr=self.lr, weight_decay=self.weight_decay, warmup_steps=self.warmup_steps, clip_norm=self.clip_norm
+        )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"`betas` must be from 0 to below 1, not {list(self.betas)}")
 
     def factor(self, step: int, max_steps: int) -> float:
         """Learning rate at `step` as a fraction of the peak."""

@@ -39,6 +39,14 @@ def fit(model: Method, folder: Path, steps: int, callbacks: list | None = None, 
     return trainer
 
 
+@pytest.mark.parametrize(
+    "settings", [{"lr": -1.0}, {"weight_decay": -5.0}, {"warmup_steps": -1}, {"clip_norm": -1.0}, {"betas": (2.0, 0.9)}]
+)
+def test_settings_out_of_range_are_one_line(settings: dict) -> None:
+    with pytest.raises(UserError, match=f"`{next(iter(settings))}` must be"):
+        Optimizer(**settings)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "trapezoid"])
 def test_schedules_warm_up_and_end_at_zero(schedule: str) -> None:
     settings = Optimizer(warmup_steps=10, schedule=schedule)
