@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from lit_gen import experiment, interrupts, usage
 from lit_gen import settings as trees
 from lit_gen.errors import UserError, nearest
 from lit_gen.experiment import Changes, Override, Run
+from lit_gen.files import alone_in
 
 Options = dict[str, str | bool]
 
@@ -54,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         return _dispatch(argv)
     except UserError as error:
         print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `lit_gen list | head`
@@ -199,7 +202,8 @@ def _run(verb: str, argv: list[str]) -> int:
         return _measure(verb, runs[-1], argv)
     if options.get("smoke"):
         for run in runs:
-            shutil.rmtree(run.folder, ignore_errors=True)
+            with _alone_in(run.folder):
+                shutil.rmtree(run.folder, ignore_errors=True)
     # SLURM requeues a job with the words it was submitted with: only its first start is meant.
     fresh = bool(options.get("fresh")) and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0
     return _fit(runs, argv, fresh)
@@ -241,13 +245,20 @@ def _fit(runs: list[Run], argv: list[str], fresh: bool) -> int:
     if waiting and (stale := [r for r in runs[runs.index(waiting[0]) :] if r not in waiting]):
         names = ", ".join(run.name for run in stale)
         _say(f"{names}: finished, but from earlier weights of {waiting[0].name}; --stage NAME --fresh redoes it")
+    for before, run in itertools.pairwise(runs):
+        if before not in waiting and run not in waiting and before.done.stat().st_mtime > run.done.stat().st_mtime:
+            _say(f"{run.name}: finished, but before {before.name} was; --stage NAME --fresh redoes it")
     requests = [str(run.write_request("fit", argv)) for run in waiting]
     for i, run in enumerate(waiting):
         status = interrupts.status(run.time_limit() if i > 0 else None)
         if status and _tasks() == 1:  # several agree within the stage, or some would wait for the others there
             return _paused(run, status)
         # The first child also binds the settings of the stages after it: a mistake there shows now, not in an hour.
-        code = launch(["run", requests[i], *(requests[i + 1 :] if i == 0 else [])])
+        try:
+            code = launch(["run", requests[i], *(requests[i + 1 :] if i == 0 else [])])
+        except KeyboardInterrupt:
+            _say(f"{run.name}: interrupted; the same command continues from its last checkpoint")
+            raise
         if code in (interrupts.PAUSED, interrupts.OUT_OF_TIME):
             return _paused(run, code)
         if code > 128:
@@ -261,7 +272,7 @@ def _fit(runs: list[Run], argv: list[str], fresh: bool) -> int:
 
 def _measure(verb: str, run: Run, argv: list[str]) -> int:
     if "ckpt_path" not in dict(run.overrides) and run.settings.data.get("ckpt_path") is None:
-        source = run.source(run.last if run.last.exists() else None)
+        source = run.source(run.last if run.has_checkpoint else None)
         run.settings.data["ckpt_path"] = source and str(source)
     elif given := run.effective()["ckpt_path"]:
         run.source(Path(str(given)), given=True)
@@ -301,7 +312,7 @@ def _finished(run: Run, changes: Changes) -> bool:
         UserError: the run is finished, but with other settings.
     """
     if not run.done.is_file():
-        if changes and run.last.is_file():
+        if changes and run.has_checkpoint:
             _say(f"{run.name}: continuing with changed settings ({_told(changes)})")
         return False
     if wrong := _wrong(changes):
@@ -337,8 +348,15 @@ def _move_aside(runs: list[Run]) -> None:
             n = 1
             while (aside := run.folder.with_name(f"{run.folder.name}.old{n}")).exists():
                 n += 1
-            run.folder.rename(aside)
+            with _alone_in(run.folder):
+                run.folder.rename(aside)
             print(f"{run.name}: the earlier run is now in {aside}", flush=True)
+
+
+def _alone_in(folder: Path) -> AbstractContextManager:
+    """Within, no training is in a run folder; several tasks of one job, which start together, do not wait."""
+    lock = alone_in(folder) if folder.exists() and _tasks() == 1 else None
+    return lock or nullcontext()
 
 
 def _tasks() -> int:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Something the user can put right; `str()` of it says what is wrong, where, and what to do."""
 
+    status = 2  # of the command that it ends
+
 
 class ShardError(UserError):
     """A set of shards is missing, incomplete or not readable."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,13 +88,23 @@ class Run:
         """Exists once the run is finished."""
         return self.folder / "DONE"
 
-    def request(self, verb: str) -> Path:
-        """The file that tells the child process what to run; also what a later command compares itself with."""
-        return self.folder / f"{verb}.json"
+    @property
+    def asked(self) -> Path:
+        """The request that the run was last trained for; what a later command compares itself with."""
+        return self.folder / "fit.json"
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return self.last.exists() or any(self.last.parent.glob("step-*.ckpt"))
 
     def write_request(self, verb: str, argv: list[str]) -> Path:
-        path = self.request(verb)
+        """Write the file that tells the child process what to run."""
+        path = self.folder / f".{verb}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, self.as_request(verb, argv))
+        return path
+
+    def as_request(self, verb: str, argv: list[str]) -> str:
         request = {
             "verb": verb,
             "name": self.name,
@@ -104,8 +115,7 @@ class Run:
             "smoke": self.smoke,
             "origins": [[list(key), where] for key, where in self.settings.origins.items()],
         }
-        write_whole(path, json.dumps(request, indent=1))
-        return path
+        return json.dumps(request, indent=1)
 
     @staticmethod
     def read_request(path: Path) -> tuple[str, list[str], Run]:
@@ -115,6 +125,16 @@ class Run:
         overrides = [(key, value) for key, value in request["overrides"]]
         settings, folder = Settings(request["settings"], origins), Path(request["folder"])
         return request["verb"], request["argv"], Run(request["name"], folder, settings, overrides, request["smoke"])
+
+    def past(self) -> Run | None:
+        """The run as it was last trained; None for one that never was, or whose record cannot be read."""
+        if read_json(self.asked) is None:
+            return None
+        try:
+            return self.read_request(self.asked)[2]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            print(f"warning: {self.asked}: not a record of this version, taken for absent", file=sys.stderr)
+            return None
 
     def effective(self) -> dict[str, Any]:
         """Settings by dotted key, overrides included."""
@@ -152,8 +172,8 @@ class Run:
             typed = {_with_init_args(key) for key, _ in self.overrides}
             other = [key for key in own if key in typed]
         else:  # those that training began from are in the checkpoint
-            request = self.request("fit")
-            began = self.read_request(request)[2].own_weights() if read_json(request) is not None else {}
+            past = self.past()
+            began = past.own_weights() if past is not None else {}
             other = [key for key, value in own.items() if began.get(key) != value]
         if other:
             raise UserError(
@@ -175,11 +195,15 @@ class Run:
 
     def changes(self) -> Changes:
         """Settings that differ, in ways that matter, from those this run was last asked for."""
-        if read_json(self.request("fit")) is None:
+        past = self.past()
+        if past is None:
             return {}
-        old, new = self.read_request(self.request("fit"))[2].effective(), self.effective()
+        old, new = past.effective(), self.effective()
         config = self.folder / "config.yaml"
         resolved = dict(_flatten(trees.read(config).data)) if config.is_file() else {}
+        for run, values in ((past, old), (past, resolved), (self, new)):  # the folder of all stages may have moved
+            if "init_from" in values:
+                values["init_from"] = str(values["init_from"]).replace(f"{run.folder.parent}/", "")
         changed: Changes = {}
         for key in sorted(old.keys() | new.keys()):
             was = [values[key] for values in (old, resolved) if key in values]

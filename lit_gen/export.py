@@ -33,11 +33,11 @@ def main(argv: list[str]) -> int:
     overrides = [(key, value) for key, value in overrides if key in given]
     run = cli.chosen(files, options, overrides)[-1]
 
-    from lit_gen.callbacks.checkpoint import newest  # heavy, so only now that the files themselves are in order
+    from lit_gen.callbacks.checkpoint import newest, whole  # heavy, so only now that the files themselves are in order
     from lit_gen.callbacks.record import provenance
     from lit_gen.weights import read_checkpoint
 
-    source = run.source(Path(path) if path else newest(run.last.parent), given=bool(path))
+    source = run.source(whole(path) if path else newest(run.last.parent), given=bool(path))
     folder = Path(out) if out else run.folder / "export"
     if source is None:
         if kind == "checkpoint":

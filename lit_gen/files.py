@@ -5,8 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from lit_gen.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -32,3 +40,24 @@ def read_json(path: Path) -> Any:
     except ValueError:
         print(f"warning: {path}: unreadable, taken for absent", file=sys.stderr)
         return None
+
+
+def alone_in(folder: Path) -> TextIO | None:
+    """Keep a second process out of a run folder; the kernel lets go when this one ends, however it ends.
+
+    Raises:
+        UserError: another one is in it, and has not left for half a minute.
+    """
+    if fcntl is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    for _ in range(30):  # a process that was just killed may take a moment to go
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            time.sleep(1)
+        except OSError:  # a file system without locks
+            return None
+    raise UserError(f"{folder}: another process is using this run folder")

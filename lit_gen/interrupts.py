@@ -124,7 +124,8 @@ def call(command: list[str]) -> int:
     try:
         code = _child.wait()
     except KeyboardInterrupt:  # the terminal sends Ctrl-C to both of us; let the child tidy up
-        code = _child.wait()
+        _child.wait()
+        raise
     finally:
         _child = None
     return code if code >= 0 else 128 - code

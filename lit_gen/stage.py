@@ -6,10 +6,9 @@ import errno
 import json
 import logging
 import re
-import time
 import warnings
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -22,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_gen import interrupts, mistakes
-from lit_gen.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, continued, step_of
+from lit_gen.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, continued, step_of, whole
 from lit_gen.callbacks.pause import Pause, take_over_signals
 from lit_gen.callbacks.progress import Progress
 from lit_gen.callbacks.record import Record
@@ -31,16 +30,11 @@ from lit_gen.cli import TRAINER_VERBS, as_words
 from lit_gen.data.split import Paused
 from lit_gen.errors import UserError
 from lit_gen.experiment import Run
-from lit_gen.files import write_whole
+from lit_gen.files import alone_in, write_whole
 from lit_gen.methods.base import Method
 from lit_gen.scale.zero import refuse_other
 from lit_gen.settings import leaves
 from lit_gen.weights import read_checkpoint
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 set_parsing_settings(
     omegaconf_absolute_to_relative_paths=True,
@@ -134,6 +128,8 @@ class Command(LightningCLI):
         run, settings = self.runs[0], self.config[self.verb]
         torch.set_float32_matmul_precision(settings.matmul_precision)
         fitting = self.verb == "fit"
+        if settings.ckpt_path and not fitting:
+            settings.ckpt_path = self.config_init[self.verb].ckpt_path = str(whole(settings.ckpt_path))
         self.resume = continued(run.last.parent, settings.ckpt_path) if fitting else settings.ckpt_path
         if settings.trainer.logger in (None, True):
             folder = run.folder if fitting else run.folder / self.verb
@@ -145,7 +141,7 @@ class Command(LightningCLI):
         self.pause = Pause(settings.trainer.max_time)
         kwargs["max_time"] = None
         kwargs["plugins"] = [*(self._get(self.config_init, "trainer").plugins or []), AtomicCheckpointIO()]
-        callbacks = [Record(config, tuple(self.argv)), self.pause]
+        callbacks = [Record(config, tuple(self.argv), run.as_request(self.verb, self.argv)), self.pause]
         if settings.trainer.enable_progress_bar is not False:
             callbacks.append(Progress(run.name))
         self.trainer_defaults["callbacks"] = callbacks
@@ -168,7 +164,7 @@ class Command(LightningCLI):
             if settings.validate_first:
                 self.trainer.num_sanity_val_steps = float("inf")
             if settings.init_from:
-                load_weights(model, settings.init_from)
+                load_weights(model, str(whole(settings.init_from)))
         self.trainer.fit(model, ckpt_path=self.resume, **kwargs)
         if self.pause.status:
             return
@@ -263,7 +259,8 @@ def main(argv: list[str]) -> int:
     if what == "bind":
         Binding(verb, [r for _, _, r in requests])
         return 0
-    lock = _lock(run.folder) if verb == "fit" else None  # the others read a whole checkpoint, also of a run in training
+    # The other verbs read a whole checkpoint, also of a run in training.
+    lock = alone_in(run.folder) if verb == "fit" and not rank_zero_only.rank else None
     if what == "bench":
         from lit_gen.measure import Bench as kind
     else:
@@ -322,7 +319,9 @@ def as_user_error(error: Exception, run: Run) -> Exception:
         where = error.filename or run.folder
         return UserError(f"{where}: {error.strerror}; make room, and the same command continues from {run.last}")
     if isinstance(error, RuntimeError) and re.search("onnection (closed|reset) by (peer|remote)", text):
-        return UserError(f"{run.name}: another process of this run has ended; the same command continues it")
+        lost = UserError(f"{run.name}: another process of this run has ended; the same command continues it")
+        lost.status = 1
+        return lost
     if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in text:
         return UserError(
             f"{run.name}: the checkpoint does not fit the model of these settings; use --fresh. {text[:300]}"
@@ -346,23 +345,6 @@ def _located(message: str, run: Run) -> str:
         quoted += [(0, tree.origin(p)) for p, v in leaves(tree.data) if p[-1] == named[1] and str(v) == named[2]]
     where = max(quoted)[1] if quoted else ""
     return message if not where or where in message else f"{where}: {message}"
-
-
-def _lock(folder: Path) -> TextIO | None:
-    """Keep a second process out of a run folder; the kernel lets go when this one ends, however it ends."""
-    if rank_zero_only.rank or fcntl is None:
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
-    for _ in range(30):  # a process that was just killed may take a moment to go
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            time.sleep(1)
-        except OSError:  # a file system without locks
-            return None
-    raise UserError(f"{folder}: another process is using this run folder")
 
 
 def quieten() -> None:

@@ -172,7 +172,8 @@ def test_workers_of_any_data_module_are_no_other_setting(here: Path) -> None:
         write(here, a=f"data: {{class_path: m.D, init_args: {{workers: {workers}, images: {inner}}}}}\n")
         (run,) = experiment.runs(["a.yaml"], [])
         if not workers:
-            run.write_request("fit", [])
+            run.asked.parent.mkdir(parents=True)
+            run.asked.write_text(run.as_request("fit", []))
     assert run.changes() == {"data.init_args.images.init_args.size": (0, 4)}
 
 

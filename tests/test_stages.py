@@ -18,6 +18,7 @@ from toy import TOY
 
 from lit_gen import interrupts
 from lit_gen.callbacks.checkpoint import is_whole, newest
+from lit_gen.files import alone_in
 
 Command = Callable[..., int]
 ROOT = Path(__file__).parents[1]
@@ -227,7 +228,7 @@ def test_a_signal_during_the_imports_is_remembered(toy: Path) -> None:
     argv = [sys.executable, "-m", "lit_gen", "fit", "-c", "toy.yaml", "--model.pause", "0.2"]
     process = subprocess.Popen(argv, env=environment())
     try:
-        while not Path("runs/toy/one/fit.json").exists():
+        while not Path("runs/toy/one/.fit.json").exists():
             assert process.poll() is None
             time.sleep(0.05)
         time.sleep(0.3)  # until the child is there, which then imports for seconds; before it nothing would be trained
@@ -285,3 +286,81 @@ def test_matrix_products_are_as_precise_as_asked_for(lit_gen: Command, here: Pat
     for words, precision in ((["--matmul_precision", "high"], "high"), ([], "highest")):
         assert lit_gen("fit", "-c", "x.yaml", "--fresh", "--trainer.max_steps", "2", *words) == 0
         assert torch.get_float32_matmul_precision() == precision
+
+
+def test_other_verbs_and_later_stages_pass_a_damaged_checkpoint_over(
+    lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one") == 0
+    last = Path("runs/toy/one/checkpoints/last.ckpt")
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 255
+    last.write_bytes(content)
+    capsys.readouterr()
+    for words in (["test", "-c", "toy.yaml", "--stage", "one"], ["fit", "-c", "toy.yaml"]):
+        assert lit_gen(*words) == 0
+        told = capsys.readouterr().out
+        assert "step-00000008.ckpt: damaged" in told and "step-00000006.ckpt" in told
+    given = last.resolve()
+    assert lit_gen("test", "-c", "toy.yaml", "--ckpt_path", str(given)) == 2
+    assert f"{given}: damaged" in capsys.readouterr().err
+
+
+def test_the_last_checkpoint_is_found_without_its_link(lit_gen: Command, toy: Path) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one") == 0
+    Path("runs/toy/one/checkpoints/last.ckpt").unlink()
+    assert lit_gen("test", "-c", "toy.yaml", "--stage", "one") == 0
+    assert lit_gen("fit", "-c", "toy.yaml") == 0
+
+
+@pytest.mark.parametrize("words", [["--fresh"], ["--smoke"]])
+def test_a_run_in_training_is_neither_moved_nor_removed(
+    words: list[str], lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    folder = Path("runs/smoke/toy/one" if words == ["--smoke"] else "runs/toy/one")
+    with alone_in(folder):
+        assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", *words) == 2
+        assert f"{folder}: another process is using this run folder" in capsys.readouterr().err
+        assert [path.name for path in folder.parent.iterdir()] == ["one"] and (folder / ".lock").exists()
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", *words) == 0
+
+
+def test_what_was_refused_is_not_what_was_trained(
+    lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", "--trainer.max_steps", "4") == 0
+    Path("runs/toy/one/DONE").unlink()
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with alone_in(Path("runs/toy/one")):
+        assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", "--model.sgd.lr", "0.5") == 2
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", "--model.sgd.lr", "abc") == 2
+    capsys.readouterr()
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one") == 0
+    assert "changed settings (trainer.max_steps: 4 -> 8)" in capsys.readouterr().out
+
+
+def test_finished_stages_can_be_moved(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml") == 0
+    Path("runs").rename("elsewhere")
+    capsys.readouterr()
+    assert lit_gen("fit", "-c", "toy.yaml", "--run_root", "elsewhere") == 0
+    assert "nothing left to do" in capsys.readouterr().out
+
+
+def test_a_stage_older_than_the_one_before_is_named(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml") == 0
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one", "--fresh") == 0
+    capsys.readouterr()
+    assert lit_gen("fit", "-c", "toy.yaml") == 0
+    assert "toy/two: finished, but before toy/one was" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("record", ["{}", "[]", "3"])
+def test_a_record_of_another_version_is_taken_for_absent(
+    record: str, lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert lit_gen("fit", "-c", "toy.yaml", "--stage", "one") == 0
+    Path("runs/toy/one/fit.json").write_text(record)
+    assert lit_gen("test", "-c", "toy.yaml", "--stage", "one") == 0
+    assert "fit.json: not a record of this version" in capsys.readouterr().err

@@ -222,6 +222,20 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
+def whole(path: str | Path) -> Path:
+    """The checkpoint to take weights from: `path`, or, if that is a run's last one, its last whole one.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = Path(path)
+    if path.name == LAST and (found := newest(path.parent)) is not None:
+        return found
+    if _manifest(path.resolve()).is_file() and not is_whole(path):
+        raise UserError(f"{path}: damaged (not what was written); take another checkpoint")
+    return path
+
+
 def is_whole(path: Path) -> bool:
     """Whether a checkpoint is what was written, by the checksums beside it.
 

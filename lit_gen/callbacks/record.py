@@ -30,10 +30,11 @@ class Record(L.Callback):
     Args:
         config: resolved settings as YAML text.
         argv: words of the command line.
+        request: what a later command compares itself with, kept as `fit.json` once training can begin.
     """
 
-    def __init__(self, config: str = "", argv: tuple[str, ...] = ()) -> None:
-        self.config, self.argv = config, argv
+    def __init__(self, config: str = "", argv: tuple[str, ...] = (), request: str = "") -> None:
+        self.config, self.argv, self.request = config, argv, request
         self.samples = 0
         self.seconds = 0.0
         self.metrics: dict[str, Any] = {}
@@ -48,6 +49,8 @@ class Record(L.Callback):
         if stage == "fit":
             (self.folder / "samples").mkdir(exist_ok=True)
             _write(self.folder / "config.yaml", self.config)
+            if self.request:
+                _write(self.folder / "fit.json", self.request)
             _write(self.folder / "provenance.json", json.dumps(provenance(self.argv), indent=1))
 
     # -- clock --------------------------------------------------------------------------------------------------------
