@@ -1,9 +1,11 @@
+import contextlib
 import errno
 import gc
 import gzip
 import io
 import json
 import pickle
+import sys
 import tarfile
 
 import pytest
@@ -198,12 +200,14 @@ def test_the_advice_for_a_folder_with_magic_in_its_name_works(tmp_path):
     assert len(ShardSet.open(pattern)) == 22
 
 
-def test_what_cannot_be_packed_leaves_no_other_complaint(tmp_path, recwarn):
+def test_what_cannot_be_packed_leaves_no_other_complaint(tmp_path, monkeypatch):
     def samples():
         yield {"__key__": "a", "txt": b"a"}
         raise ShardError("cannot be read")
 
-    with pytest.raises(ShardError, match="cannot be read"):
+    complaints = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    with contextlib.suppress(ShardError):
         write_tar(tmp_path / "000000.tar", samples())
     gc.collect()  # a writer that is still open would complain now
-    assert not recwarn.list
+    assert not complaints and not (tmp_path / "000000.tar").exists()
