@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -317,6 +318,11 @@ def _stages(merged: Settings) -> list[str]:
             raise UserError(f"{where}: `{name}` cannot be the name of a stage (letters, digits, _ and -)")
         if value is not None and not isinstance(value, dict):
             raise UserError(f"{where}: stage `{name}` must be a mapping of settings")
+    with_data = [name for name, value in stages.items() if "data" in (value or {})]
+    for name, value in stages.items():  # of an overlay, that were to change another's
+        if value is not None and "data" not in value and difflib.get_close_matches(name, with_data, cutoff=0.8):
+            where = merged.origin(("stages", name))
+            raise UserError(f"{where}: there is no stage `{name}` with data of its own{nearest(name, with_data)}")
     return [name for name, value in stages.items() if value is not None]  # an overlay removes a stage with `name: null`
 
 

@@ -204,6 +204,14 @@ def test_stages_of_several_files(here: Path) -> None:
     assert Path(small[1].settings.data["init_from"]) == small[0].last
 
 
+def test_a_misspelt_stage_of_an_overlay_is_no_new_stage(here: Path) -> None:
+    write(here, a="stages:\n  adapter: {data: {x: 1}}\n", b="stages:\n  adaptr: {s: 2}\n")
+    with pytest.raises(UserError, match=r"b.yaml:2: there is no stage `adaptr` .*, did you mean `adapter`\?"):
+        experiment.runs(["a.yaml", "b.yaml"], [])
+    write(here, b="stages:\n  adapter2: {data: {x: 2}}\n")
+    assert len(experiment.runs(["a.yaml", "b.yaml"], [])) == 2
+
+
 def test_interpolation_reads_vars(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(toy.parent, over="vars: {rate: 0.5}\nmodel: {init_args: {sgd: {lr: '${vars.rate}'}}}\nstages: {two: null}\n")
     assert lit_gen("fit", "-c", "toy.yaml", "-c", "over.yaml", "--vars.rate", "0.25", "--trainer.max_steps", "1") == 0

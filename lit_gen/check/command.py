@@ -107,7 +107,9 @@ def _check_paths(report: Report, settings: dict[str, Any], runs: list[Run]) -> N
             continue
         place = Path(text)
         first = place.parts[0]
-        is_local = place.is_absolute() or first in (".", "..") or Path(first).is_dir() or path == ("init_from",)
+        is_local = (
+            place.is_absolute() or first in (".", "..") or Path(first).is_dir() or path[0] in ("init_from", "ckpt_path")
+        )
         if is_local and not place.exists():
             parent = next(p for p in place.parents if p.exists())
             lost = place.relative_to(parent).parts[0]

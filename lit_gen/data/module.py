@@ -21,7 +21,7 @@ from lit_gen.data.shards import ShardSet
 from lit_gen.data.split import Paused
 from lit_gen.data.styled import Rules, StyleSample, rules_of
 from lit_gen.data.videos import VideoSample
-from lit_gen.errors import ShardError, at_least
+from lit_gen.errors import ShardError, UserError, at_least
 
 Precision = Literal["float16", "float32"]
 
@@ -312,6 +312,8 @@ class ImagesAndVideos(L.LightningDataModule):
             seed: of the choice.
         """
         super().__init__()
+        if not 0 <= image_probability <= 1:
+            raise UserError(f"`image_probability` must be from 0 to 1, not {image_probability}")
         self.images, self.videos, self.image_probability, self.seed = images, videos, image_probability, seed
 
     def prepare_data(self) -> None:
