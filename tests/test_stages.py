@@ -302,8 +302,9 @@ def test_other_verbs_and_later_stages_pass_a_damaged_checkpoint_over(
         told = capsys.readouterr().out
         assert "step-00000008.ckpt: damaged" in told and "step-00000006.ckpt" in told
     given = last.resolve()
-    assert lit_gen("test", "-c", "toy.yaml", "--ckpt_path", str(given)) == 2
-    assert f"{given}: damaged" in capsys.readouterr().err
+    for words in (["test", "-c", "toy.yaml"], ["fit", "-c", "toy.yaml", "--stage", "one", "--experiment", "other"]):
+        assert lit_gen(*words, "--ckpt_path", str(given)) == 2
+        assert f"{given}: damaged" in capsys.readouterr().err
 
 
 def test_the_last_checkpoint_is_found_without_its_link(lit_gen: Command, toy: Path) -> None:

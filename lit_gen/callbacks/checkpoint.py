@@ -199,7 +199,7 @@ def continued(folder: Path, given: str | None) -> Path | str | None:
     if not rank_zero_only.rank:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(kept, json.dumps(now | {"last": last}))
-    return given
+    return whole(given)
 
 
 def newest(folder: Path) -> Path | None:
