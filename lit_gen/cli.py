@@ -228,13 +228,13 @@ def _help(verb: str, files: list[str], options: Options, overrides: list[Overrid
 
 def _fit(runs: list[Run], argv: list[str], fresh: bool) -> int:
     if fresh and any(run.folder.exists() for run in runs):
-        if code := _bind(runs, argv):  # a slip on the command line should not cost a run its place
+        if code := bind(runs, argv):  # a slip on the command line should not cost a run its place
             return code
         _move_aside(runs)
     waiting = []
     for run in runs:
         changes = run.changes()
-        if run.done.is_file() and _wrong(changes) and (code := _bind(runs, argv)):
+        if run.done.is_file() and _wrong(changes) and (code := bind(runs, argv)):
             return code  # a slip, not a wish for other settings
         if not _finished(run, changes):
             waiting.append(run)
@@ -298,7 +298,7 @@ def launch(words: list[str]) -> int:
     return interrupts.call([sys.executable, "-m", "lit_gen", "stage", *words])
 
 
-def _bind(runs: list[Run], argv: list[str]) -> int:
+def bind(runs: list[Run], argv: list[str]) -> int:
     """Have a child hold the settings against their signatures, and do nothing else."""
     with tempfile.TemporaryDirectory() as folder:
         copies = [dataclasses.replace(run, folder=Path(folder) / str(i)) for i, run in enumerate(runs)]

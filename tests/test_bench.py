@@ -243,3 +243,12 @@ def test_the_commands_in_the_experiments_bind(here: Path, monkeypatch: pytest.Mo
     counts = {len(d) if isinstance(d, list) else int(d) for d in (trainer.devices for trainer, _ in bound)}
     assert counts == {1, 2}
     assert all(trainer.max_steps == length and trainer.limit_val_batches == 0 for trainer, length in bound)
+
+
+def test_a_slip_in_the_last_arm_shows_before_the_first_is_measured(
+    lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = ("--arm", "a:", "--arm", "b: --model.widht 3")
+    assert lit_gen("bench", "-c", "toy.yaml", "--stage", "one", *SHORT, *arms) == 2
+    told = capsys.readouterr()
+    assert "did you mean `width`?" in told.err and "bench: a" not in told.out and not Path("runs/bench").exists()
