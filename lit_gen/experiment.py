@@ -204,7 +204,7 @@ class Run:
         resolved = dict(_flatten(trees.read(config).data)) if config.is_file() else {}
         for run, values in ((past, old), (past, resolved), (self, new)):  # the folder of all stages may have moved
             if "init_from" in values:
-                values["init_from"] = str(values["init_from"]).replace(f"{run.folder.parent}/", "")
+                values["init_from"] = str(values["init_from"]).removeprefix(f"{run.folder.parent}/")
         changed: Changes = {}
         for key in sorted(old.keys() | new.keys()):
             was = [values[key] for values in (old, resolved) if key in values]

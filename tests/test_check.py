@@ -13,7 +13,8 @@ import pytest
 from lit_gen.data import encoded
 from lit_gen.data.build import build
 from lit_gen.data.module import StyledImages
-from lit_gen.data.shards import ShardSet, write_index, write_tar
+from lit_gen.data.shards import ShardSet
+from lit_gen.data.write import write_index, write_tar
 
 Command = Callable[..., int]
 

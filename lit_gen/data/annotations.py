@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from lit_gen.data.decode import VIDEO
-from lit_gen.data.shards import Shard, write_index
+from lit_gen.data.shards import Shard
 from lit_gen.data.split import Job, Samples
 from lit_gen.data.storage import Store, stored
 from lit_gen.data.stories import END_MARKS, FULL
+from lit_gen.data.write import write_index
 from lit_gen.errors import ShardError, nearest
 from lit_gen.task import Task
 

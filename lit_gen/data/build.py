@@ -17,8 +17,9 @@ from lit_gen.data import stories
 from lit_gen.data.decode import encode_image, encode_video
 from lit_gen.data.facts import facts_from_scenes
 from lit_gen.data.sets import SetFile
-from lit_gen.data.shards import INDEX, ShardSet, write_index
+from lit_gen.data.shards import INDEX, ShardSet
 from lit_gen.data.split import Job, Samples, cores, own_devices
+from lit_gen.data.write import write_index
 from lit_gen.errors import UserError, at_least
 from lit_gen.task import Task
 

@@ -24,8 +24,9 @@ from lit_gen.data.decode import decode
 from lit_gen.data.encoded import KIND, MEMBER, description, folder_of, key_of
 from lit_gen.data.loader import collate
 from lit_gen.data.module import Precision, Shards
-from lit_gen.data.shards import INDEX, BadSample, Shard, ShardSet, write_index
+from lit_gen.data.shards import INDEX, BadSample, Shard, ShardSet
 from lit_gen.data.split import Job, Paused, Samples, cores, own_devices
+from lit_gen.data.write import write_index
 from lit_gen.errors import ShardError, UserError
 from lit_gen.experiment import Run
 from lit_gen.methods.base import Method

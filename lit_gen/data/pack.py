@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 
 from lit_gen.data.decode import DECODERS, IMAGE, VIDEO, decode
-from lit_gen.data.shards import INDEX, BadSample, Shard, write_index
+from lit_gen.data.shards import INDEX, BadSample, Shard
 from lit_gen.data.split import Job, Samples, building_folder, cores, locked
+from lit_gen.data.write import write_index
 from lit_gen.errors import ShardError, at_least
 from lit_gen.task import Task
 

@@ -27,7 +27,8 @@ import torch
 from tqdm import tqdm
 
 from lit_gen import interrupts
-from lit_gen.data.shards import INDEX, Shard, write_tar
+from lit_gen.data.shards import INDEX, Shard
+from lit_gen.data.write import write_tar
 from lit_gen.errors import UserError
 from lit_gen.task import Task
 

@@ -15,9 +15,10 @@ from PIL import Image
 
 from lit_gen.data.decode import IMAGE, decode, encode_video, open_picture
 from lit_gen.data.frames import fitted, read_frames
-from lit_gen.data.shards import BadSample, Shard, ShardSet, write_index
+from lit_gen.data.shards import BadSample, Shard, ShardSet
 from lit_gen.data.split import Job, Samples
 from lit_gen.data.stories import FRAMES, require_own_ids, segment_frames
+from lit_gen.data.write import write_index
 from lit_gen.errors import ShardError
 from lit_gen.task import Task
 

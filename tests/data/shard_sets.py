@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lit_gen.data.decode import encode_image, encode_video
-from lit_gen.data.shards import write_index, write_tar
+from lit_gen.data.write import write_index, write_tar
 
 
 def picture(number: int, size: int = 8) -> np.ndarray:

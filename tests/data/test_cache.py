@@ -17,7 +17,8 @@ from lit_gen import experiment, interrupts
 from lit_gen.data import cache as caching
 from lit_gen.data import encoded
 from lit_gen.data.module import Images, StyledImages, Videos
-from lit_gen.data.shards import ShardSet, write_index
+from lit_gen.data.shards import ShardSet
+from lit_gen.data.write import write_index
 from lit_gen.methods.stylecrafter import StyleCrafter
 
 EXPERIMENT = "experiments/stylecrafter.yaml"

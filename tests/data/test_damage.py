@@ -18,9 +18,10 @@ from lit_gen.data import videos
 from lit_gen.data.decode import decode, encode_image, encode_video
 from lit_gen.data.loader import ShardLoader, collate
 from lit_gen.data.order import epoch_order
-from lit_gen.data.shards import BadSample, ShardSet, write_index, write_tar
+from lit_gen.data.shards import BadSample, ShardSet
 from lit_gen.data.tar import Table, walk
 from lit_gen.data.videos import VideoSample
+from lit_gen.data.write import write_index, write_tar
 from lit_gen.errors import ShardError
 
 # -- tars --------------------------------------------------------------------------------------------------------------

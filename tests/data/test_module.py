@@ -10,8 +10,8 @@ from shard_sets import image_set, picture, video_set
 from lit_gen.data.decode import encode_image
 from lit_gen.data.images import centre_crop
 from lit_gen.data.module import Images, ImagesAndVideos, StyledImages, Videos
-from lit_gen.data.shards import write_index, write_tar
 from lit_gen.data.styled import strip_style
+from lit_gen.data.write import write_index, write_tar
 from lit_gen.errors import ShardError, UserError
 
 

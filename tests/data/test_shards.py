@@ -14,8 +14,9 @@ from shard_sets import image_set
 
 from lit_gen.data.decode import decode
 from lit_gen.data.sets import SetFile
-from lit_gen.data.shards import BadSample, ShardSet, write_tar
+from lit_gen.data.shards import BadSample, ShardSet
 from lit_gen.data.tar import Table
+from lit_gen.data.write import write_tar
 from lit_gen.errors import ShardError
 
 EVERYTHING = {"png", "txt", "json"}

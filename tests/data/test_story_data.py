@@ -17,7 +17,7 @@ from lit_gen.data.decode import encode_video, read_video
 from lit_gen.data.frames import fitted
 from lit_gen.data.images import centre_crop
 from lit_gen.data.sets import SetFile
-from lit_gen.data.shards import BadSample, ShardSet, write_index, write_tar
+from lit_gen.data.shards import BadSample, ShardSet
 from lit_gen.data.storage import store_again
 from lit_gen.data.stories import (
     Stories,
@@ -28,6 +28,7 @@ from lit_gen.data.stories import (
     some_sentences,
     split_sentences,
 )
+from lit_gen.data.write import write_index, write_tar
 from lit_gen.errors import ShardError
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.distributed as dist
+from pair import run_twice
 from torch import Tensor, nn
 
 from lit_gen.scale import peers
@@ -91,25 +90,7 @@ def alone() -> list[Tensor]:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_sums_are_exact(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    shared = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
-    words, logs = [sys.executable, __file__, str(tmp_path)], [tmp_path / f"log.{rank}" for rank in range(WORLD)]
-    pair = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as file:
-            env = {**shared, "LOCAL_RANK": str(rank)}
-            pair.append(subprocess.Popen(words, env=env, stdout=file, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(300) for process in pair]
-    finally:
-        for process in pair:
-            process.kill()
-    assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
+    run_twice(__file__, [tmp_path], tmp_path)
     wanted = alone()
     for case in CASES:
         for rank in range(WORLD):

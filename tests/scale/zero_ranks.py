@@ -9,8 +9,6 @@ import gc
 import os
 import resource
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +22,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
+from pair import run_twice
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -345,25 +344,7 @@ CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
 
 def run_pair(base: Path, folder: Path, cases: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Run cases in two processes -> results of both ranks by case."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    shared = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0",
-        "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
-    argv = [sys.executable, __file__, str(base), str(folder), *cases]
-    pair, logs = [], [folder / f"log.{rank}" for rank in (0, 1)]
-    for rank, log in enumerate(logs):
-        with log.open("w") as file:
-            env = {**shared, "LOCAL_RANK": str(rank)}
-            pair.append(subprocess.Popen(argv, env=env, stdout=file, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(600) for process in pair]
-    finally:
-        for process in pair:
-            process.kill()
-    assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
+    run_twice(__file__, [base, folder, *cases], folder, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     files = {case: [folder / f"{case}.{rank}.pt" for rank in (0, 1)] for case in cases}
     return {case: [torch.load(file, weights_only=True) for file in pair] for case, pair in files.items()}
 

@@ -129,7 +129,8 @@ def test_a_clip_that_is_a_playlist(here: Path) -> None:
     "file", ["../secret.tar", "/etc/passwd", "pipe:touch canary", "http://127.0.0.1:9/x.tar", "a/../../x.tar", "..", ""]
 )
 def test_an_index_names_only_its_own_shards(file: str, here: Path) -> None:
-    from lit_gen.data.shards import ShardSet, write_index, write_tar
+    from lit_gen.data.shards import ShardSet
+    from lit_gen.data.write import write_index, write_tar
 
     (here / "set").mkdir()
     shard = write_tar(here / "set" / "0.tar", [{"__key__": "a", "png": picture(), "txt": b"a"}])
