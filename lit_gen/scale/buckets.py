@@ -88,8 +88,8 @@ def cut(vectors: Sequence[Sequence[tuple[int, nn.Parameter]]], size: int) -> Ite
 def default_size(weights: Iterable[nn.Parameter]) -> int:
     """Numbers in a bucket: an eighth of all, and no less than `LEAST`.
 
-    Each takes multiprocessors from the backward pass once more, so that few are faster; but the last is sent when the
-    pass is over. docs/results/speed.md has what 25 and what 100 million cost a network of 860 million.
+    Each holds the backward pass up a little, so that few are faster; but the last is sent when the pass is over.
+    docs/results/speed.md has what smaller ones cost a network of 860 million.
     """
     return max(LEAST, -(-sum(weight.numel() for weight in weights) // 8))
 
@@ -102,13 +102,17 @@ class Buckets(ABC):
         device: of the weights.
     """
 
+    takes = True  # whether gradients are copied into the buckets as these are sent, and freed
+
     def __init__(self, buckets: list[Bucket], device: torch.device) -> None:
         self.buckets, self.device = buckets, device
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.filling = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.producers: set[Any] = set()  # streams that gradients are written on, as seen in the first pass
         self.sent = 0  # buckets of this backward pass
         self.started = False  # whether a gradient has arrived since the last pass
         self._taken: tuple[Any, list[Tensor | None]] | None = None  # the bucket before's gradients, and from when on
+        self._emptied: dict[int, Any] = {}  # by where a bucket's numbers are, from when on they may change
         self._whole: list[int] = []  # buckets of the first pass, as they became whole
         self._ordered = False
         self._find_places()
@@ -119,16 +123,24 @@ class Buckets(ABC):
     def reduce(self, bucket: Bucket) -> None:
         """Send a bucket. On GPUs the current stream is the side stream, for which `finish` waits."""
 
-    def take(self, bucket: Bucket) -> None:
-        """Fill a bucket that gradients are copied into; they are the weights' no longer.
+    def _take(self, bucket: Bucket) -> None:
+        """Fill a bucket with its gradients, which are the weights' no longer.
 
-        Their memory is given back with the next bucket, by when they have been copied long since: to free it at once,
-        `Tensor.record_stream` would need an event for each gradient.
+        On a stream of its own, so that the backward pass waits for no other process when it gets their memory back,
+        which is with the next bucket: to free it at once, `Tensor.record_stream` would need an event for each.
         """
         self._give_back()
-        bucket.fill()
-        if self.side is not None:
-            self._taken = self.side.record_event(), [weight.grad for weight in bucket.weights]
+        if self.filling is None:
+            bucket.fill()
+        else:
+            for stream in self.producing():
+                self.filling.wait_stream(stream)
+            if (emptied := self._emptied.get(bucket.numbers.data_ptr())) is not None:
+                self.filling.wait_event(emptied)
+            with torch.cuda.stream(self.filling):
+                bucket.fill()
+            self._taken = self.filling.record_event(), [weight.grad for weight in bucket.weights]
+            self.side.wait_event(self._taken[0])
         for weight in bucket.weights:
             weight.grad = None
 
@@ -164,8 +176,12 @@ class Buckets(ABC):
     @torch.no_grad()
     def send(self, bucket: Bucket) -> None:
         """Reduce a bucket that is whole, or of which no more will come, beside what the device does now."""
+        if self.takes:
+            self._take(bucket)
         with self.aside():
             self.reduce(bucket)
+            if self.takes and self.side is not None:
+                self._emptied[bucket.numbers.data_ptr()] = self.side.record_event()
         bucket.arrived.clear()
 
     def aside(self) -> AbstractContextManager:

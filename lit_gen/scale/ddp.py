@@ -117,6 +117,8 @@ class Averaging(Buckets):
 class AveragingInPlace(Averaging):
     """By collectives; large gradients are averaged where they lie."""
 
+    takes = False
+
     def __init__(self, weights: Mapping[str, nn.Parameter], size: int | None) -> None:
         super().__init__(weights, size)
         self.works: list[Any] = []  # what is on its way
@@ -173,7 +175,6 @@ class AveragingByCopies(Averaging):
 
     def reduce(self, bucket: Bucket) -> None:
         shared, share = self.shared[id(bucket)], self._share(bucket, self.rank)
-        self.take(bucket)
         shared.barrier()
         own = shared.own[share]
         for terms, other in enumerate(shared.others.values(), start=2):  # the mean of what has been read so far

@@ -23,6 +23,7 @@ from lit_gen.scale.buckets import Bucket, Buckets, average, cut, default_size
 from lit_gen.scale.layout import order_in_memory
 from lit_gen.scale.pieces import step_in_pieces
 
+ROOMS = 2  # for buckets: one is filled while the one before is sent
 PIECES = 8  # of a process's weights; each costs the host a step and a broadcast
 ALIGNED = 128  # numbers; where a piece begins, as kernels like it
 
@@ -46,9 +47,10 @@ class Reduction(Buckets):
         pairs = zip(optimizer.round_robin_bit16_offsets, optimizer.round_robin_bit16_groups, strict=True)
         vectors = [list(zip(starts, weights, strict=True)) for starts, weights in pairs]
         buckets = list(cut(vectors, size or default_size(weight for vector in vectors for _, weight in vector)))
-        numbers = self._make_room(max(bucket.end - bucket.start for bucket in buckets), dtype, device)
-        for bucket in buckets:
-            bucket.lie_in(numbers[: bucket.end - bucket.start])
+        longest = max(bucket.end - bucket.start for bucket in buckets)
+        rooms = [self._make_room(longest, dtype, device) for _ in range(ROOMS)]
+        for bucket, room in zip(buckets, itertools.cycle(rooms), strict=False):
+            bucket.lie_in(room[: bucket.end - bucket.start])
         self.parts = [torch.zeros(int(n), device=device) for n in optimizer.partition_size]
         self.fresh = True  # whether nothing has been added up since the last step
         for hook in optimizer._grad_acc_hooks:  # which look through all weights in each backward pass
@@ -58,7 +60,7 @@ class Reduction(Buckets):
 
     @abstractmethod
     def _make_room(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """What buckets are sent in, one after another, and what else there must be before."""
+        """What a bucket is sent in."""
 
     @abstractmethod
     def _gather(self, group: int, low: int, high: int) -> None:
@@ -137,7 +139,6 @@ class ReductionByCollectives(Reduction):
         return torch.zeros(numel, dtype=dtype, device=device)
 
     def reduce(self, bucket: Bucket) -> None:
-        self.take(bucket)
         processes, size = self.optimizer.real_dp_process_group[bucket.vector], self.parts[bucket.vector].numel()
         for owner in range(bucket.start // size, (bucket.end - 1) // size + 1):
             low, high = max(bucket.start, owner * size), min(bucket.end, (owner + 1) * size)
@@ -162,29 +163,27 @@ class ReductionByCollectives(Reduction):
 class ReductionByCopies(Reduction):
     """Each process reads what it owns of the others' buckets, and then their weights."""
 
+    def __init__(self, optimizer: Any, dtype: torch.dtype, size: int | None) -> None:
+        self.rooms: dict[int, peers.Shared] = {}  # by where they are
+        self.weights = [_share_weights(optimizer, group) for group in range(len(optimizer.bit16_groups_flat))]
+        super().__init__(optimizer, dtype, size)
+        self.terms = dist.get_world_size()
+        longest = max(len(bucket.numbers) for bucket in self.buckets)
+        self.read = torch.empty(longest, dtype=dtype, device=self.device)  # from another process
+
     def _make_room(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        self.terms, optimizer = dist.get_world_size(), self.optimizer
-        self.slot = peers.share(numel, dtype, device, dist.group.WORLD)
-        self.read = torch.empty(numel, dtype=dtype, device=device)  # from another process
-        self.weights: list[peers.Shared] = []  # by group
-        for group, flat in enumerate(optimizer.bit16_groups_flat):
-            self.weights.append(peers.share(flat.numel(), flat.dtype, device, dist.group.WORLD))
-            shared = self.weights[-1].own.copy_(flat)
-            optimizer.bit16_groups_flat[group] = shared
-            optimizer.parallel_partitioned_bit16_groups[group] = optimizer.get_data_parallel_partitions(shared, group)
-            starts = optimizer.round_robin_bit16_offsets[group]
-            for weight, start in zip(optimizer.round_robin_bit16_groups[group], starts, strict=True):
-                weight.data = shared.narrow(0, start, weight.numel()).as_strided(weight.shape, weight.stride())
-        return self.slot.own.zero_()
+        room = peers.share(numel, dtype, device, dist.group.WORLD)
+        self.rooms[room.own.data_ptr()] = room
+        return room.own.zero_()
 
     def reduce(self, bucket: Bucket) -> None:
-        self.take(bucket)
-        self.slot.barrier()  # all have filled theirs
+        room = self.rooms[bucket.numbers.data_ptr()]
+        room.barrier()  # all have filled theirs
         place, own = self._own(bucket)
         self._add(bucket.numbers[place], own)
-        for other in self.slot.others.values():
+        for other in room.others.values():
             own.add_(self.read[: len(own)].copy_(other[place]))
-        self.slot.barrier()  # all have read: the next bucket may be filled in
+        room.barrier()  # all have read: another bucket may be filled in
 
     def _gather(self, group: int, low: int, high: int) -> None:
         weights, part = self.weights[group], len(self.parts[group])
@@ -197,6 +196,18 @@ class ReductionByCopies(Reduction):
         super()._step_and_gather()
         for weights in self.weights:
             weights.barrier()  # all have read: weights may change
+
+
+def _share_weights(optimizer: Any, group: int) -> peers.Shared:
+    """Have a flat vector of weights lie where the other processes read it."""
+    flat = optimizer.bit16_groups_flat[group]
+    shared = peers.share(flat.numel(), flat.dtype, flat.device, dist.group.WORLD)
+    optimizer.bit16_groups_flat[group] = shared.own.copy_(flat)
+    optimizer.parallel_partitioned_bit16_groups[group] = optimizer.get_data_parallel_partitions(shared.own, group)
+    starts = optimizer.round_robin_bit16_offsets[group]
+    for weight, start in zip(optimizer.round_robin_bit16_groups[group], starts, strict=True):
+        weight.data = shared.own.narrow(0, start, weight.numel()).as_strided(weight.shape, weight.stride())
+    return shared
 
 
 @contextmanager
