@@ -206,7 +206,8 @@ def _run(verb: str, argv: list[str]) -> int:
                 shutil.rmtree(run.folder, ignore_errors=True)
     # SLURM requeues a job with the words it was submitted with: only its first start is meant.
     fresh = bool(options.get("fresh")) and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0
-    return _fit(runs, argv, fresh)
+    with interrupts.ctrl_c_pauses():
+        return _fit(runs, argv, fresh)
 
 
 def _help(verb: str, files: list[str], options: Options, overrides: list[Override], argv: list[str]) -> int:
@@ -372,7 +373,9 @@ def _say(text: str) -> None:
 
 def _paused(run: Run, status: int) -> int:
     _say(f"{run.name}: paused; the same command continues it")
-    return 0 if status == interrupts.OUT_OF_TIME else status
+    if status == interrupts.OUT_OF_TIME:
+        return 0
+    return 128 + signal.SIGINT if interrupts.received == signal.SIGINT else status
 
 
 def refuse_own_folder(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""What asks a run to pause: a signal or the clock. Training then saves and stops at the next step border.
+"""What asks a run to pause: a signal, Ctrl-C or the clock. Training then saves and stops at the next step border.
 
 Signals only raise a flag. A scheduler sends SIGUSR1 (time is nearly up) or SIGTERM (preempted) at any moment, also
 while libraries are being imported; saving inside the handler, in the middle of a step, is what corrupts checkpoints.
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import NoReturn
 
@@ -34,7 +35,11 @@ def _remember(signum: int, _: object) -> None:
     global received
     received = signal.Signals(signum)
     if _child is not None and _child.poll() is None:
-        _child.send_signal(signum)
+        _pass_on(_child, received)
+
+
+def _pass_on(child: subprocess.Popen[bytes], signum: signal.Signals) -> None:
+    child.send_signal(signal.SIGTERM if signum == signal.SIGINT else signum)  # that one it does not hear
 
 
 def install() -> None:
@@ -42,6 +47,33 @@ def install() -> None:
     for signum in PAUSING:
         signal.signal(signum, _remember)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PAUSING)
+
+
+@contextlib.contextmanager
+def ctrl_c_pauses() -> Iterator[None]:
+    """Within, Ctrl-C asks for a pause, and a second one ends the child of `call` and raises KeyboardInterrupt.
+
+    The terminal sends it to all that a command has started. Only this process listens, or ranks would stop in the
+    middle of a step, and commands that data is read from would be gone before that.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # of `nohup`, say, which nothing should stop
+        yield
+        return
+
+    def asked(signum: int, _: object) -> None:
+        if received == signal.SIGINT:
+            if _child is not None:
+                _child.kill()
+            raise KeyboardInterrupt
+        os.write(2, b"\nsaving and stopping at the next step; Ctrl-C again stops at once\n")
+        _remember(signum, None)
+
+    signal.signal(signal.SIGINT, asked)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def end(status: int) -> NoReturn:
@@ -114,13 +146,14 @@ def call(command: list[str]) -> int:
     """
     global _child
     # The child inherits the blocked mask and unblocks in `install`, so no signal finds it without a handler.
-    signal.pthread_sigmask(signal.SIG_BLOCK, PAUSING)
+    blocked = {*PAUSING} if signal.getsignal(signal.SIGINT) is signal.default_int_handler else {*PAUSING, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
         _child = subprocess.Popen(command, env={**os.environ, "LIT_GEN_PARENT": str(os.getpid())})
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, PAUSING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
     if received is not None:  # before there was a child to pass it on to
-        _child.send_signal(received)
+        _pass_on(_child, received)
     try:
         code = _child.wait()
     except KeyboardInterrupt:  # the terminal sends Ctrl-C to both of us; let the child tidy up

@@ -1,11 +1,13 @@
-"""Pausing, as a scheduler asks for it: exit statuses, step borders, and what several tasks of one job do."""
+"""Pausing, as a scheduler or Ctrl-C asks for it: exit statuses, step borders, and what several tasks of one job do."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,3 +182,44 @@ def test_a_requeued_job_does_not_start_over(lit_gen: Command, toy: Path, monkeyp
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # with the words it was submitted with
     assert lit_gen(*words) == 0
     assert batches("toy/one") == [f"{i}:{i}" for i in range(8)] and not Path("runs/toy/one.old1").exists()
+
+
+def test_ctrl_c_saves_and_a_second_one_stops_at_once(toy: Path, lit_gen: Command) -> None:
+    words = ["fit", "-c", "toy.yaml", "--stage", "one", "--checkpoint.every_n_steps", "100"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+
+    def start(seconds_a_step: float) -> subprocess.Popen[str]:
+        there = len(batches("toy/one")) if Path("runs/toy/one/trace").exists() else 0
+        command = [sys.executable, "-m", "lit_gen", *words, "--model.pause", str(seconds_a_step)]
+        running = subprocess.Popen(
+            command,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        while running.poll() is None and (not Path("runs/toy/one/trace").exists() or len(batches("toy/one")) == there):
+            time.sleep(0.05)
+        time.sleep(0.5)  # well into the next step
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does, to the command and its child
+        return running
+
+    running = start(1)
+    told, _ = running.communicate(timeout=60)
+    assert running.returncode == 130 and "saving and stopping" in told and "paused; the same command" in told, told
+    assert "Traceback" not in told, told
+    stopped_after = len(batches("toy/one"))
+    assert 0 < stopped_after < 8
+
+    running = start(5)
+    time.sleep(0.5)
+    assert running.poll() is None
+    os.killpg(running.pid, signal.SIGINT)
+    told, _ = running.communicate(timeout=20)
+    assert running.returncode == 130 and "interrupted; the same command" in told, told
+    assert "Traceback" not in told, told
+
+    Path("runs/toy/one/trace").unlink()
+    assert lit_gen(*words) == 0
+    assert batches("toy/one") == [f"{i}:{i}" for i in range(stopped_after, 8)]
