@@ -46,6 +46,8 @@ def install() -> None:
     """Take over the pausing signals, and let those through that arrived before anyone could listen."""
     for signum in PAUSING:
         signal.signal(signum, _remember)
+    if signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()):  # by `call`; multiprocessing lifts the block
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PAUSING)
 
 
@@ -66,7 +68,7 @@ def ctrl_c_pauses() -> Iterator[None]:
             if _child is not None:
                 _child.kill()
             raise KeyboardInterrupt
-        os.write(2, b"\nsaving and stopping at the next step; Ctrl-C again stops at once\n")
+        os.write(2, b"\nstopping as soon as all is saved; Ctrl-C again stops at once\n")
         _remember(signum, None)
 
     signal.signal(signal.SIGINT, asked)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_gen import interrupts
 from lit_gen.data.captions import write_captions
 from lit_gen.errors import UserError, at_least
-from lit_gen.interrupts import die_with_parent
 from lit_gen.metrics.clip import CLIPEncoders
 from lit_gen.world import render
 from lit_gen.world.motion import animate
@@ -207,7 +207,7 @@ class RenderedWorld(L.LightningDataModule):
         scenes: list[Scenes] = []
         # captions are written by other processes while this one renders
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(max(self.workers, 1), context, initializer=die_with_parent) as processes:
+        with ProcessPoolExecutor(max(self.workers, 1), context, initializer=interrupts.die_with_parent) as processes:
             rest = (self.seed, self.caption_count, self.tokenizer, self.twins)
             written = []
             if self.caption_count and self.workers:
@@ -219,6 +219,9 @@ class RenderedWorld(L.LightningDataModule):
                 for name, tensor in pictures.items():
                     columns.setdefault(name, []).append(tensor)
                 progress.update(len(chunk))
+                if interrupts.received is not None:
+                    processes.shutdown(cancel_futures=True)
+                    raise SystemExit(interrupts.PAUSED)
             progress.close()
             results = [job.result() for job in written]
         if self.caption_count and not self.workers:

@@ -207,7 +207,7 @@ def test_ctrl_c_saves_and_a_second_one_stops_at_once(toy: Path, lit_gen: Command
 
     running = start(1)
     told, _ = running.communicate(timeout=60)
-    assert running.returncode == 130 and "saving and stopping" in told and "paused; the same command" in told, told
+    assert running.returncode == 130 and "as soon as all is saved" in told and "paused; the same command" in told, told
     assert "Traceback" not in told, told
     stopped_after = len(batches("toy/one"))
     assert 0 < stopped_after < 8
