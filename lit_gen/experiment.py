@@ -242,7 +242,11 @@ def runs(files: list[str], overrides: list[Override], smoke: bool = False) -> li
     Raises:
         UserError: a file cannot be read, or names no valid stages.
     """
-    merged = read(files, overrides)
+    return cut(read(files, overrides), Path(files[0]).stem, overrides, smoke)
+
+
+def cut(merged: Settings, name: str, overrides: list[Override], smoke: bool) -> list[Run]:
+    """The runs of merged settings; `name` is the experiment's where these give it none. See `runs`."""
     stages = _stages(merged)
     for key, _ in overrides:
         parts = key.split(".")
@@ -250,7 +254,7 @@ def runs(files: list[str], overrides: list[Override], smoke: bool = False) -> li
             stage = parts[1] if len(parts) > 1 else ""
             raise UserError(f"--{key}: there is no stage `{stage}`{nearest(stage, stages)}{_among(stages)}")
 
-    name = str(merged.data.get("experiment") or Path(files[0]).stem)
+    name = str(merged.data.get("experiment") or name)
     if not re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*", name):
         raise UserError(f"{merged.origin(('experiment',))}: `experiment: {name}` cannot be the name of a folder")
     seed = next((value for key, value in reversed(overrides) if key == "seed_everything"), None)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ import yaml
 
 from lit_gen import experiment
 from lit_gen.errors import UserError, nearest
-from lit_gen.experiment import Run
-from lit_gen.settings import Settings
+from lit_gen.experiment import Override, Run
+from lit_gen.files import write_whole
+from lit_gen.settings import KeyPath, Settings, merge, subtree
 from lit_gen.task import Task
 
 _KEYS = ("seeds", "test", "over", "arms", "report")
@@ -47,6 +48,7 @@ class Arm:
     name: str
     written: str  # its name in the file
     settings: dict[str, Any]
+    origins: dict[KeyPath, str] = field(default_factory=dict)  # where each setting was written
     value: float | None = None
 
 
@@ -63,6 +65,7 @@ class Cell:
     source: str  # the arm whose stages it takes, else its own
     series: str = ""  # the arm's name without the value
     value: float | None = None  # of what the sweep goes over
+    settings: dict[str, Any] = field(default_factory=dict)  # what it lays over the sweep's own files
 
     def has(self, stage: str) -> bool:
         """Whether the arm goes through a stage, or takes it from another."""
@@ -136,13 +139,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read(files: list[str], smoke: bool = False, own: dict[str, str] | None = None) -> Sweep:
+def read(
+    files: list[str],
+    smoke: bool = False,
+    own: dict[str, str] | None = None,
+    overrides: list[Override] | None = None,
+    write: bool = True,
+) -> Sweep:
     """Read a sweep and write the experiment file of each of its cells.
 
     Args:
         files: the `-c` files.
         smoke: of runs made small, which lie below `smoke/`.
         own: another `experiment` or `run_root` than the files give.
+        overrides: settings of every run.
+        write: whether the files are written.
 
     Raises:
         UserError: there is no `sweep:` section, or it is not as described above.
@@ -157,7 +168,13 @@ def read(files: list[str], smoke: bool = False, own: dict[str, str] | None = Non
     name = str(merged.data.get("experiment") or Path(files[-1]).stem)
     root = Path(str(merged.data.get("run_root") or "runs"))
     over, arms = _arms(merged, section)
-    cells = [_cell(merged, files, name, root, arm, seed, smoke) for seed in section.get("seeds", [0]) for arm in arms]
+    seeds = section.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise UserError(f"{merged.origin(('sweep', 'seeds'))}: `seeds` is a list of numbers from 0 on: [0, 1, 2]")
+    cells = [_cell(merged, name, root, arm, seed, smoke, overrides or []) for seed in seeds for arm in arms]
+    if write:
+        for cell in cells:
+            _write(cell, files)
     report = dict(section.get("report") or {})
     if smoke:  # whose figures mean nothing
         report["out"] = str(root / "smoke" / name / "report.md")
@@ -173,6 +190,10 @@ def _arms(merged: Settings, section: dict[str, Any]) -> tuple[str, list[Arm]]:
     key = next(iter(over), "")
     arms = []
     for written, settings in section["arms"].items():
+        if not isinstance(settings, dict | None):
+            where = merged.origin(("sweep", "arms", written))
+            raise UserError(f"{where}: arm `{written}` must be a mapping of settings, not {settings!r}")
+        origins = subtree(merged, ("sweep", "arms", written)).origins if settings else {}
         settings = dict(settings or {})
         own = settings.pop("over", None)
         for stage, source in (settings.get("take") or {}).items():
@@ -186,16 +207,17 @@ def _arms(merged: Settings, section: dict[str, Any]) -> tuple[str, list[Arm]]:
             needed = f"needs a list of {len(over[key])}, one for each {key}" if key else "goes with `sweep.over`"
             raise UserError(f"{where}: `over` of `{written}` {needed}")
         if not key:
-            arms.append(Arm(written, written, settings))
+            arms.append(Arm(written, written, settings, origins))
             continue
         for value, given in zip(over[key], own or over[key], strict=True):
             if given is None:
                 continue
             at = f", {key} {value:g}"
             more = {"vars": {**settings.get("vars", {}), key: given}}
+            listed = origins.get(("over",)) or merged.origin(("sweep", "over", key))
             if take := settings.get("take"):
                 more["take"] = {stage: source + at for stage, source in take.items()}
-            arms.append(Arm(written + at, written, settings | more, float(value)))
+            arms.append(Arm(written + at, written, settings | more, origins | {("vars", key): listed}, float(value)))
     names = {arm.name for arm in arms}
     slugs: dict[str, Arm] = {}
     for arm in arms:
@@ -214,15 +236,13 @@ def _are_numbers(values: Any, or_null: bool = False) -> bool:
     return bool(given) and all(isinstance(v, int | float) for v in given)
 
 
-def _cell(merged: Settings, files: list[str], name: str, root: Path, arm: Arm, seed: int, smoke: bool) -> Cell:
+def _cell(merged: Settings, name: str, root: Path, arm: Arm, seed: int, smoke: bool, overrides: list[Override]) -> Cell:
     section = merged.data["sweep"]
     own = dict(arm.settings)
     take = own.pop("take", None) or {}
     folder = f"{name}/{slug(arm.name)}-seed{seed}"
     file = root / name / "cells" / f"{slug(arm.name)}-seed{seed}.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "base": [os.path.relpath(f, file.parent) for f in files],
         "experiment": folder,
         "run_root": str(root),
         "seed_everything": seed,
@@ -244,20 +264,26 @@ def _cell(merged: Settings, files: list[str], name: str, root: Path, arm: Arm, s
             stages.setdefault(later, {}).setdefault("init_from", str(taken[stage] / "checkpoints" / "last.ckpt"))
     if stages:
         content["stages"] = stages
-    text = f"# {name}: {arm.name}, seed {seed}\n" + yaml.safe_dump(content, sort_keys=False)
-    if not file.is_file() or file.read_text() != text:
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(text)
-        temporary.replace(file)
-    runs = tuple(experiment.runs([str(file)], [], smoke))
+    origins = arm.origins | {("seed_everything",): merged.origin(("sweep", "seeds"))}
+    runs = tuple(experiment.cut(merge(merged, Settings(content, origins)), folder, overrides, smoke))
     tested = tuple(section.get("test") or ([runs[-1].folder.name] if len(names) else [""]))
     for stage in tested:
         if names and stage not in names:
             where = merged.origin(("sweep", "test"))
             raise UserError(f"{where}: there is no stage `{stage}` to test{nearest(stage, names)}")
     source = next(iter(take.values()), arm.name)
-    cell = Cell(arm.name, seed, file, runs, taken, tested, source, arm.written, arm.value)
+    cell = Cell(arm.name, seed, file, runs, taken, tested, source, arm.written, arm.value, content)
     return replace(cell, tested=tuple(stage for stage in tested if cell.has(stage)))
+
+
+def _write(cell: Cell, files: list[str]) -> None:
+    """Write a cell's experiment file, over the sweep's own files."""
+    folder = cell.file.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"base": [os.path.relpath(f, folder) for f in files], **cell.settings}
+    text = f"# {folder.parent.name}: {cell.arm}, seed {cell.seed}\n" + yaml.safe_dump(content, sort_keys=False)
+    if not cell.file.is_file() or cell.file.read_text() != text:
+        write_whole(cell.file, text)
 
 
 def run(cell: Cell, overrides: list[str], smoke: bool) -> int:

@@ -114,3 +114,47 @@ def test_what_fit_objects_to_check_objects_to(
     lines = captured.err.splitlines()
     assert all(line.startswith("error: ") for line in lines), captured.err
     assert any(all(part in line for part in expected) for line in lines), captured.err
+
+
+SWEEP = """\
+sweep:
+  seeds: [0, 1]
+  over: {lr: [0.1, 0.2]}
+  arms:
+    narrow: {model: {init_args: {width: 1}}}
+    wide: {model: {init_args: {widht: 4}}}
+    late: {trainer: {max_steps: many}, model: {init_args: {sgd: {lr: "${vars.lr}"}}}}
+    long: {trainer: {max_steps: -2}}
+"""
+
+
+def test_the_arms_of_a_sweep_are_checked(
+    here_is_a_set: Path, lit_gen: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = SETTINGS.format(**GOOD)
+    here_is_a_set.write_text(text + SWEEP)
+    first = text.count("\n") + 1
+    assert lit_gen("check", "-c", "a.yaml") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3, lines
+    assert sum(f"a.yaml:{first + 5}: `model.init_args.widht`" in line and "`width`" in line for line in lines) == 1
+    assert sum(f"a.yaml:{first + 6}: `trainer.max_steps` must be a whole number" in line for line in lines) == 1
+    assert sum(f"a.yaml:{first + 7}: trainer.max_steps: " in line for line in lines) == 1
+    assert not Path("runs").exists()
+
+    good = "".join(
+        line for line in SWEEP.splitlines(keepends=True) if not line.strip().startswith(("wide", "la", "lo"))
+    )
+    here_is_a_set.write_text(text + good)
+    assert lit_gen("check", "-c", "a.yaml") == 0
+    assert "sweep   4 runs of 1 arm," in capsys.readouterr().out
+
+    for old, new, said in (
+        ("seeds", "seed", f"a.yaml:{first + 1}: there is no setting `sweep.seed`, did you mean `seeds`?"),
+        ("[0, 1]", "2", f"a.yaml:{first + 1}: `seeds` is a list of numbers"),
+        ("{model: {init_args: {width: 1}}}", "3", f"a.yaml:{first + 4}: arm `narrow` must be a mapping"),
+    ):
+        here_is_a_set.write_text(text + good.replace(old, new, 1))
+        assert lit_gen("check", "-c", "a.yaml") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {said}"), line

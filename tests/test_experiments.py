@@ -28,15 +28,22 @@ def companions(overlay: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=str)
-def test_settings_bind(file: Path, lit_gen: Command, universe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_bind(
+    file: Path,
+    lit_gen: Command,
+    universe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from lit_gen.stage import Binding
 
     monkeypatch.chdir(universe)
     Binding("fit", experiment.runs([str(file)], []))
     if file not in RUN:
-        arms = {cell.series: cell.runs for cell in sweep.read([str(file)]).cells}
+        arms = {cell.series: cell.runs for cell in sweep.read([str(file)], write=False).cells}
         Binding("fit", [run for runs in arms.values() for run in runs])
     assert lit_gen("check", "-c", str(file), "--smoke") == 0  # small, since the sets of this universe are
+    assert "its size was not found" not in capsys.readouterr().out
     assert experiment.describe(file)
 
 

@@ -6,14 +6,16 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lit_gen import cli
+from lit_gen import cli, experiment, sweep
 from lit_gen.check.report import Report, bytes_of
 from lit_gen.errors import UserError, nearest
-from lit_gen.experiment import Run
+from lit_gen.experiment import Override, Run
 from lit_gen.settings import KeyPath, leaves
 
 # Settings that name what a run writes, not what it reads.
@@ -27,23 +29,71 @@ def main(argv: list[str]) -> int:
     if not files:
         raise UserError("check needs an experiment: -c FILE (`python -m lit_gen list` names those here)")
     runs = cli.chosen(files, options, overrides)
-    reports = [Report(run) for run in runs]
-    mistakes = _bind(reports)
+    reports, cells, mistakes = [Report(run) for run in runs], [], []
+    try:
+        cells = _cells(files, options, overrides)
+    except UserError as error:  # in the section itself
+        mistakes.append(str(error))
+    arms = [(cell, [Report(run) for run in cell.runs]) for cell in cells if cell.seed == cells[0].seed]
+    everything = [*reports, *(report for _, of_arm in arms for report in of_arm)]
+    mistakes += _bind(everything)
     for report in reports:
         check(report, runs)
     _check_disk(reports)
+    if cells:
+        _check_arms(reports[0], arms, cells)
     for report in reports:
         print(f"{report.run.name}: {', '.join(v for k, v in report.facts.items() if k in ('model', 'state'))}")
-        for topic in ("data", "memory", "disk"):
+        for topic in ("data", "memory", "disk", "sweep"):
             if topic in report.facts:
                 print(f"  {topic:7} {report.facts[topic]}")
-    for note in dict.fromkeys(note for report in reports for note in report.notes):
+    for note in _each_once(note for report in everything for note in report.notes):
         print(f"note: {note}")
-    problems = list(dict.fromkeys([*mistakes, *(problem for report in reports for problem in report.problems)]))
+    problems = _each_once([*mistakes, *(problem for report in everything for problem in report.problems)])
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     print(f"{len(problems)} problem{'s' * (len(problems) != 1)} found")
     return 2 if problems else 0
+
+
+def _cells(files: list[str], options: cli.Options, overrides: list[Override]) -> list[sweep.Cell]:
+    """The cells of the sweep in the files, if there is one."""
+    if "sweep" not in experiment.read(files, overrides).data:
+        return []
+    own = {key: value for key, value in overrides if key in experiment.ON_COMMAND_LINE}
+    rest = [(key, value) for key, value in overrides if key not in (*own, "seed_everything")]  # it has seeds of its own
+    cells = sweep.read(files, bool(options.get("smoke")), own, rest, write=False).cells
+    stage = options.get("stage")
+    return [replace(cell, runs=tuple(r for r in cell.runs if not stage or r.folder.name == stage)) for cell in cells]
+
+
+def _check_arms(first: Report, arms: list[tuple[sweep.Cell, list[Report]]], cells: list[sweep.Cell]) -> None:
+    """Find out what each arm of a sweep would do, at the first of its values; `first` is told what all take."""
+    runs = [run for cell in cells for run in cell.runs]
+    cells_of = Counter(cell.series for cell in cells)
+    stored, seen = 0, set()
+    for cell, reports in arms:
+        if cell.series in seen:
+            continue
+        seen.add(cell.series)
+        for report in reports:
+            check(report, runs)
+            stored += report.stored * cells_of[cell.series]
+    arms_told = f"{len(seen)} arm{'s' * (len(seen) != 1)}"
+    first.facts["sweep"] = f"{len(cells)} runs of {arms_told}, {bytes_of(stored)} of checkpoints"
+    place = _existing(first.run.folder)
+    if stored > (free := shutil.disk_usage(place).free):
+        problem = f"the sweep's checkpoints take {bytes_of(stored)}, but only {bytes_of(free)} are free at {place}"
+        first.problem(("sweep",), problem)
+
+
+def _each_once(lines: Iterable[str]) -> list[str]:
+    """Lines without those that others say of another run."""
+    kept: dict[str, str] = {}
+    for line in lines:
+        where, _, text = line.partition(": ")
+        kept.setdefault(line if ":" in where else text, line)
+    return list(kept.values())
 
 
 def _bind(reports: list[Report]) -> list[str]:

@@ -121,7 +121,7 @@ class Edits(DistilledPictures):
         for name, texts in (("source", self.prompts), ("target", self.targets), ("null", [negative])):
             self.register_buffer(name, encode_text(self.base.tokenizer, self.base.text_encoder, texts), False)
         with torch.no_grad():
-            mean = self.base.encode_mean(pictures)
+            mean = self.base.encode_mean(pictures.to(self.base.vae.device))
         self.register_buffer("start", mean, False)
         self.latents = nn.Parameter(mean.clone())
         self.distillation = self._sibling(sibling, score, kind, rank, contrast_weight, gamma, eta, origin_real)
