@@ -16,11 +16,23 @@ class ShardError(UserError):
     """A set of shards is missing, incomplete or not readable."""
 
 
+class OutOfRange(UserError):
+    """Settings have values that they cannot have; one line each.
+
+    Args:
+        least: that they may have.
+        found: what they have, by name.
+    """
+
+    def __init__(self, least: float, found: dict[str, float]) -> None:
+        self.least, self.found = least, found
+        super().__init__("\n".join(f"`{name}` must be at least {least}, not {value}" for name, value in found.items()))
+
+
 def at_least(least: float, **values: float | None) -> None:
-    """UserError for the first of the settings that is smaller, or no number; None stands for one that was not made."""
-    for name, value in values.items():
-        if value is not None and not value >= least:
-            raise UserError(f"`{name}` must be at least {least}, not {value}")
+    """OutOfRange if a setting is smaller, or no number; None stands for one that was not made."""
+    if found := {name: value for name, value in values.items() if value is not None and not value >= least}:
+        raise OutOfRange(least, found)
 
 
 def nearest(wrong: str, names: Iterable[str]) -> str:

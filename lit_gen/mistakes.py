@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
+    SingleDeviceStrategy,
     Strategy,
     StrategyRegistry,
 )
@@ -133,6 +134,13 @@ def sound(run: Run, top_level: Iterable[str]) -> tuple[dict[str, Any], list[KeyP
     return data, gone
 
 
+def places(tree: Settings, name: str, value: float) -> list[KeyPath]:
+    """Where a tree sets what a constructor calls `name` to a number."""
+    numbers = [(path, v) for path, v in leaves(tree.data) if type(v) in (int, float)]
+    same = [path for path, v in numbers if v == value or (v != v and value != value)]
+    return [path for path in same if f".{_dotted([k for k in path if isinstance(k, str)])}".endswith(f".{name}")]
+
+
 def shorten(message: str) -> str:
     """The parser's own words in one line, without the layers that say nothing."""
     noise = r"Does not validate|Subtypes:|Errors:|Given value|- Expected a <class 'NoneType'>|Subclass|- a (class|dict)"
@@ -217,26 +225,40 @@ def _value(tree: Settings, path: KeyPath, value: Any, kind: Any) -> list[Mistake
 
 
 def _ranges(tree: Settings) -> list[Mistake]:
-    """Numbers that Lightning divides by without a look."""
-    trainer = tree.data.get("trainer")
+    """Numbers that Lightning divides by without a look, and seeds that there are not."""
+    trainer, seed = tree.data.get("trainer"), tree.data.get("seed_everything")
     values = {key: trainer.get(key) for key in NOT_ZERO} if isinstance(trainer, dict) else {}
-    return [
+    found = [
         _line(tree, ("trainer", key), f"`trainer.{key}` must be at least 1, not {value}")
         for key, value in values.items()
         if type(value) is int and value < 1
     ]
+    if type(seed) is int and not 0 <= seed < 2**32:
+        found.append(_line(tree, ("seed_everything",), f"`seed_everything` must be from 0 to {2**32 - 1}, not {seed}"))
+    return found
 
 
 def _strategy(tree: Settings) -> list[Mistake]:
-    """Some of Lightning's strategies unpickle the checkpoints they are given, whatever `weights_only` says."""
-    trainer = tree.data.get("trainer")
+    """Strategies that there are not, that use less than they are given, or that unpickle checkpoints.
+
+    Some of Lightning's do, whatever `weights_only` says.
+    """
+    trainer, known = tree.data.get("trainer"), ["auto", *StrategyRegistry.available_strategies()]
     value = trainer.get("strategy") if isinstance(trainer, dict) else None
     name = value.get("class_path") if isinstance(value, dict) else value
     if not isinstance(name, str):
         return []
     if "${" in name:  # what it will be is not known here
         return [_line(tree, ("trainer", "strategy"), "`trainer.strategy` must be named in its place, not by ${...}")]
+    if isinstance(value, str) and name.lower() not in known:
+        close = f"; a class is named by --trainer.strategy.class_path {name}" if "." in name else nearest(name, known)
+        return [_line(tree, ("trainer", "strategy"), f"`trainer.strategy`: there is no strategy `{name}`{close}")]
     cls = StrategyRegistry[name]["strategy"] if name in StrategyRegistry else resolve(name, Strategy)
+    devices = trainer.get("devices")
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+    if cls is SingleDeviceStrategy and count > 1:
+        problem = f"{name} trains on one device, but trainer.devices is {devices}; use ddp"
+        return [_line(tree, ("trainer", "strategy"), f"`trainer.strategy`: {problem}")]
     if not isinstance(cls, type) or cls.load_checkpoint not in [s.load_checkpoint for s in UNPICKLING]:
         return []
     problem = "reads checkpoints in a way that can run code from them; use ddp, or lit_gen.scale.zero.ZeRO for sharding"
@@ -285,7 +307,7 @@ def _line(tree: Settings, path: KeyPath, problem: str) -> Mistake:
     return Mistake(path, f"{where}: {problem}" if where else problem)
 
 
-def _dotted(path: KeyPath) -> str:
+def _dotted(path: Iterable[str | int]) -> str:
     return ".".join(str(p) for p in path)
 
 

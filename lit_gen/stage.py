@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from lit_gen.callbacks.record import Record
 from lit_gen.callbacks.speed import Speed
 from lit_gen.cli import TRAINER_VERBS, as_words
 from lit_gen.data.split import Paused
-from lit_gen.errors import UserError
+from lit_gen.errors import OutOfRange, UserError
 from lit_gen.experiment import Run
 from lit_gen.files import alone_in, write_whole
 from lit_gen.methods.base import Method
@@ -308,8 +309,9 @@ class _Print(Command):
 
 def as_user_error(error: Exception, run: Run) -> Exception:
     """Lightning's objections to settings, and files that are not there, in one line; real bugs as they are."""
-    while isinstance(error, ValueError) and "Union subtypes" in str(error) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # jsonargparse wraps what a constructor raises
+    error = unwrapped(error)
+    if isinstance(error, OutOfRange):
+        return UserError("\n".join(_told(error, run)))
     if isinstance(error, UserError):
         return UserError(_located(str(error), run))
     text = " ".join(str(error).split())
@@ -335,14 +337,28 @@ def as_user_error(error: Exception, run: Run) -> Exception:
     return error
 
 
+def unwrapped(error: Exception) -> Exception:
+    """What a constructor raised, which jsonargparse wraps."""
+    while isinstance(error, ValueError) and "Union subtypes" in str(error) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
+
+
+def _told(error: OutOfRange, run: Run) -> Iterator[str]:
+    """A line for each setting, with the place where it was written."""
+    tree, _ = mistakes.resolved(mistakes.with_overrides(run))
+    for line, (name, value) in zip(str(error).splitlines(), error.found.items(), strict=True):
+        typed = [f"--{key}" for key, _ in run.overrides if key.endswith(f".{name}")]  # into a list, say
+        where = [*typed, *(tree.origin(path) for path in mistakes.places(tree, name, value))]
+        yield f"{where[0]}: {line}" if where and where[0] else line
+
+
 def _located(message: str, run: Run) -> str:
     """A message that quotes a setting's value, with the place where that value was written."""
     tree = mistakes.with_overrides(run)
     values = [(re.split(r"[{*?\[]", v)[0], path) for path, v in leaves(tree.data) if isinstance(v, str)]
     # A plain word may stand in a message by chance; a path hardly does.
     quoted = [(len(v), tree.origin(p)) for v, p in values if v and (v in message if "/" in v else f"'{v}'" in message)]
-    if named := re.match(r"`(\w+)` must be .*, not (\S+)$", message):  # as `errors.at_least` says it
-        quoted += [(0, tree.origin(p)) for p, v in leaves(tree.data) if p[-1] == named[1] and str(v) == named[2]]
     where = max(quoted)[1] if quoted else ""
     return message if not where or where in message else f"{where}: {message}"
 

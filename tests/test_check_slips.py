@@ -42,6 +42,10 @@ SLIPS: list[tuple[dict[str, str], int, str]] = [
     ({"trainer": ", accumulate_grad_batches: 0"}, 2, "`trainer.accumulate_grad_batches` must be at least 1, not 0"),
     ({"trainer": ", val_check_interval: 1.5"}, 2, "invalid value 1.5"),
     ({"trainer": ", max_epochs: -3"}, 2, "trainer.max_epochs: `max_epochs` must be a non-negative integer"),
+    ({"trainer": ", strategy: dp"}, 2, "`trainer.strategy`: there is no strategy `dp`, did you mean `ddp`?"),
+    ({"trainer": ", strategy: lit_gen.scale.ddp.DDP"}, 2, "--trainer.strategy.class_path lit_gen.scale.ddp.DDP"),
+    ({"trainer": ", strategy: single_device, devices: 2"}, 2, "single_device trains on one device"),
+    ({"trainer": "}\nseed_everything: -5 #"}, 3, "`seed_everything` must be from 0 to 4294967295, not -5"),
     ({"data": ", size: 0"}, 7, "`size` must be at least 1, not 0"),
     ({"data": ", val_batch_size: 0"}, 7, "`val_batch_size` must be at least 1, not 0"),
     ({"data": ", workers: -1"}, 7, "`workers` must be at least 0, not -1"),
@@ -158,3 +162,23 @@ def test_the_arms_of_a_sweep_are_checked(
         assert lit_gen("check", "-c", "a.yaml") == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: {said}"), line
+
+
+def test_all_that_is_out_of_range_is_told_at_once(
+    here_is_a_set: Path, lit_gen: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = SETTINGS.format(
+        **GOOD | {"data": ", size: 0, workers: '${vars.n}', val_batch_size: 0", "every": "0, keep: 0"}
+    )
+    here_is_a_set.write_text(text.replace("n: 3", "n: -3"))
+    words = ("-c", "a.yaml", "--data.init_args.tolerance", "-1", "--data.init_args.batch_size=0")
+    assert lit_gen("check", *words) == 2
+    lines = sorted(capsys.readouterr().err.splitlines())
+    told = ("--data.init_args.batch_size: `batch_size`", "--data.init_args.tolerance: `tolerance`")
+    told += ("a.yaml:7: `size`", "a.yaml:7: `val_batch_size`", "a.yaml:7: `workers`")
+    told += ("a.yaml:8: `checkpoint.every_n_steps`", "a.yaml:8: `checkpoint.keep`")
+    assert [line[: len(f"error: {start}")] for line, start in zip(lines, told, strict=True)] == [
+        f"error: {start}" for start in told
+    ], lines
+    assert lit_gen("fit", *words) == 2  # told by those who build it, so by one of them at a time
+    assert capsys.readouterr().err.startswith("error: ")

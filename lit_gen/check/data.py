@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import numpy as np
 
-from lit_gen.check.report import Report, described
+from lit_gen.check.report import Report, described, made
 from lit_gen.check.size import build
 from lit_gen.classes import resolve
 from lit_gen.data import encoded
@@ -90,7 +91,7 @@ def _module(report: Report, path: KeyPath, node: dict[str, Any]) -> Shards | Non
     if not report.is_whole(path):
         return None
     try:
-        return build(L.LightningDataModule, node)
+        return made(report, path, node, partial(build, L.LightningDataModule))
     except Exception as error:
         told = as_user_error(error, report.run)
         if report.bound or isinstance(told, UserError):  # else the parser has told

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from lit_gen.errors import OutOfRange, UserError
 from lit_gen.experiment import Run
 from lit_gen.settings import KeyPath, Settings
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -40,7 +45,7 @@ class Report:
         return not any(place[: len(path)] == path or path[: len(place)] == place for place in self.gone)
 
     def problem(self, path: KeyPath, text: str) -> None:
-        self.problems.append(self.located(path, text))
+        self.problems += [self.located(path, line) for line in text.splitlines()]
 
     def note(self, path: KeyPath, text: str) -> None:
         self.notes.append(self.located(path, text))
@@ -49,6 +54,42 @@ class Report:
         if any(text.startswith(f"{where}: ") for where in {self.run.name, *self.tree.origins.values()}):
             return text
         return f"{self.tree.origin(path) or self.run.name}: {text}"
+
+
+def made(report: Report, path: KeyPath, node: dict[str, Any], make: Callable[[dict[str, Any]], T]) -> T | None:
+    """What `make` makes of bound settings; raises what it raises, and returns None where one is out of range.
+
+    A constructor objects to one such setting and stops; it is tried again without, so that all of them are told.
+    """
+    from lit_gen.mistakes import places
+    from lit_gen.stage import as_user_error, unwrapped
+
+    node, wrong = copy.deepcopy(node), False
+    while True:
+        try:
+            result = make(node)
+            return None if wrong else result
+        except Exception as error:
+            cause = unwrapped(error)
+            if wrong and not isinstance(cause, UserError):  # for want of what was left out
+                return None
+            if not isinstance(cause, OutOfRange):
+                raise
+            report.problem(path, str(as_user_error(cause, report.run)))
+            wrong, left = True, 0
+            for name, value in cause.found.items():
+                for place in places(Settings(node), name.rpartition(".")[2], value):
+                    left += _leave_out(node, place)
+            if not left:
+                return None
+
+
+def _leave_out(node: dict[str, Any], place: KeyPath) -> bool:
+    """Remove a setting; one within a list goes with the list."""
+    keys = place[: next((i for i, key in enumerate(place) if isinstance(key, int)), len(place))]
+    for key in keys[:-1]:
+        node = node[key]
+    return node.pop(keys[-1], None) is not None
 
 
 def described(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
@@ -15,7 +16,7 @@ from lit_gen.callbacks.checkpoint import Checkpoint
 from lit_gen.callbacks.ema import EMA
 from lit_gen.callbacks.speed import Speed
 from lit_gen.check.data import processes
-from lit_gen.check.report import Report, bytes_of, described
+from lit_gen.check.report import Report, bytes_of, described, made
 from lit_gen.check.size import Size, activations, build, measure, outline
 from lit_gen.classes import resolve
 from lit_gen.errors import UserError
@@ -46,7 +47,7 @@ def check_trainer(report: Report, settings: dict[str, Any]) -> None:
     trainer = settings["trainer"]
     for key, kind in (("checkpoint", Checkpoint), ("speed", Speed)):
         try:
-            kind(**(settings.get(key) or {}))
+            made(report, (key,), settings.get(key) or {}, lambda node, kind=kind: kind(**node))
         except UserError as error:
             report.problem((key,), str(error))
     _check_limits(report, trainer)
@@ -101,7 +102,7 @@ def check_model(report: Report, settings: dict[str, Any], batch: dict[str, Any] 
     trainer = settings["trainer"]
     strategy = _check_strategy(report, trainer)
     try:
-        model = outline(settings["model"])
+        model = made(report, ("model",), settings["model"], outline)
     except Exception as error:
         told = as_user_error(error, report.run)
         if isinstance(told, ValueError):  # what constructors say of their arguments
@@ -112,6 +113,8 @@ def check_model(report: Report, settings: dict[str, Any], batch: dict[str, Any] 
             report.note(("model",), str(told))
         else:
             report.problem(("model",), str(told))
+        return
+    if model is None:
         return
     size = measure(model, trainer["max_steps"], trainer["precision"])
     _check_fit(report, trainer, model, size, strategy)
@@ -135,7 +138,7 @@ def _check_strategy(report: Report, trainer: dict[str, Any]) -> type | None:
         return found if isinstance(found, type) else None
     cls = resolve(value["class_path"], Strategy)
     try:
-        build(Strategy, value)
+        made(report, where, value, partial(build, Strategy))
     except Exception as error:
         told = as_user_error(error, report.run)
         report.problem(where, str(told) if isinstance(told, UserError) else described(told))
