@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 
-
-class Endless:
-    """Batch numbers 0, 1, …, `length` of them an epoch."""
-
-    waited = 0.0  # seconds spent waiting for data: none
-
-    def __init__(self, length: int) -> None:
-        self.length, self.number = length, 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        for _ in range(self.length - self.number % self.length):
-            self.number += 1  # before yielding: a checkpoint written during the step counts its batch
-            yield self.number - 1
-
-    def state_dict(self) -> dict[str, int]:
-        return {"number": self.number}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.number = state["number"]
+from lit_gen.data.endless import Endless
 
 
 class RandomBatches(L.LightningDataModule):

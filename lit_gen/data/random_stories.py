@@ -9,7 +9,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
-from lit_gen.data.random_batches import Endless
+from lit_gen.data.endless import Endless
 
 _WORDS = (
     "a the red blue green ball cube cone jumps spins grows then first finally grass wood stone sand night fog".split()

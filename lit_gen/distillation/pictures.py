@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_gen.callbacks.samples import save
+from lit_gen.data.endless import Endless
 from lit_gen.diffusion.base import PIPELINE_PARTS, load_base
 from lit_gen.diffusion.objective import Schedule
 from lit_gen.distillation.method import DistillationMethod
@@ -64,9 +65,9 @@ class DistilledPictures(DistillationMethod):
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": [self.latents], "lr": self.optimizer_settings.lr}, *self.discriminator_groups()]
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Endless:
         """Every step is of all pictures."""
-        return DataLoader([torch.arange(len(self.latents))] * 100, batch_size=None)
+        return Endless(100, torch.arange(len(self.latents)))
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader([torch.arange(len(self.latents))], batch_size=None)
