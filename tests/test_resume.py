@@ -139,6 +139,7 @@ def test_killed_at_a_random_instant(file: Path, forks: Forks, universe: Path) ->
     instant = random.Random(str(file)).random() * seconds
     kill_and_continue(forks, universe, killed, [instant])
     compare(run_of(universe, straight), run_of(universe, killed))
+    assert "not resumable" not in logs(universe)  # as Lightning says of loaders that do not know where they were
 
 
 EMA_AND_WORKERS = """\
