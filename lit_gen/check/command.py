@@ -34,8 +34,10 @@ def main(argv: list[str]) -> int:
         cells = _cells(files, options, overrides)
     except UserError as error:  # in the section itself
         mistakes.append(str(error))
-    arms = [(cell, [Report(run) for run in cell.runs]) for cell in cells if cell.seed == cells[0].seed]
-    everything = [*reports, *(report for _, of_arm in arms for report in of_arm)]
+    # Of each arm the first: with another seed, or at another of its values, it is the same but for a number.
+    firsts = {cell.series: cell for cell in reversed(cells)}
+    arms = {cell.series: [Report(run) for run in cell.runs] for cell in cells if cell is firsts[cell.series]}
+    everything = [*reports, *(report for arm in arms.values() for report in arm)]
     mistakes += _bind(everything)
     for report in reports:
         check(report, runs)
@@ -67,20 +69,16 @@ def _cells(files: list[str], options: cli.Options, overrides: list[Override]) ->
     return [replace(cell, runs=tuple(r for r in cell.runs if not stage or r.folder.name == stage)) for cell in cells]
 
 
-def _check_arms(first: Report, arms: list[tuple[sweep.Cell, list[Report]]], cells: list[sweep.Cell]) -> None:
-    """Find out what each arm of a sweep would do, at the first of its values; `first` is told what all take."""
-    runs = [run for cell in cells for run in cell.runs]
-    cells_of = Counter(cell.series for cell in cells)
-    stored, seen = 0, set()
-    for cell, reports in arms:
-        if cell.series in seen:
-            continue
-        seen.add(cell.series)
+def _check_arms(first: Report, arms: dict[str, list[Report]], cells: list[sweep.Cell]) -> None:
+    """Find out what each arm of a sweep would do; `first` is told what all its runs take together."""
+    runs, cells_of = [run for cell in cells for run in cell.runs], Counter(cell.series for cell in cells)
+    stored = 0
+    for arm, reports in arms.items():
         for report in reports:
             check(report, runs)
-            stored += report.stored * cells_of[cell.series]
-    arms_told = f"{len(seen)} arm{'s' * (len(seen) != 1)}"
-    first.facts["sweep"] = f"{len(cells)} runs of {arms_told}, {bytes_of(stored)} of checkpoints"
+            stored += report.stored * cells_of[arm]
+    told = f"{len(arms)} arm{'s' * (len(arms) != 1)}"
+    first.facts["sweep"] = f"{len(cells)} runs of {told}, {bytes_of(stored)} of checkpoints"
     place = _existing(first.run.folder)
     if stored > (free := shutil.disk_usage(place).free):
         problem = f"the sweep's checkpoints take {bytes_of(stored)}, but only {bytes_of(free)} are free at {place}"

@@ -54,7 +54,7 @@ def check_trainer(report: Report, settings: dict[str, Any]) -> None:
     max_steps, saves = trainer["max_steps"], (settings.get("checkpoint") or {}).get("every_n_steps", 0)
     if max_steps == -1 and trainer["max_epochs"] is None and trainer["max_time"] is None:
         report.note(("trainer",), "neither trainer.max_steps nor trainer.max_epochs is set: it trains for 1000 epochs")
-    if report.run.smoke is None and 0 < max_steps < saves:
+    if report.run.smoke is None and 1 < max_steps < saves:
         report.note(
             ("checkpoint", "every_n_steps"),
             f"checkpoint.every_n_steps is {saves} of {max_steps} steps: a killed run would start from the beginning",
