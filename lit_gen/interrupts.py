@@ -147,7 +147,8 @@ def call(command: list[str]) -> int:
         The child's exit status, as a shell would give it.
     """
     global _child
-    # The child inherits the blocked mask and unblocks in `install`, so no signal finds it without a handler.
+    # The child inherits the blocked mask and unblocks in `install`, so no signal finds it without a handler. Ctrl-C it
+    # never hears where that pauses.
     blocked = {*PAUSING} if signal.getsignal(signal.SIGINT) is signal.default_int_handler else {*PAUSING, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:

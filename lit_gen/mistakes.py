@@ -253,7 +253,8 @@ def _strategy(tree: Settings) -> list[Mistake]:
     if isinstance(value, str) and name.lower() not in known:
         close = f"; a class is named by --trainer.strategy.class_path {name}" if "." in name else nearest(name, known)
         return [_line(tree, ("trainer", "strategy"), f"`trainer.strategy`: there is no strategy `{name}`{close}")]
-    cls = StrategyRegistry[name]["strategy"] if name in StrategyRegistry else resolve(name, Strategy)
+    registered = isinstance(value, str) and name.lower() in StrategyRegistry
+    cls = StrategyRegistry[name.lower()]["strategy"] if registered else resolve(name, Strategy)
     devices = trainer.get("devices")
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
     if cls is SingleDeviceStrategy and count > 1:

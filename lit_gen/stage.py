@@ -348,8 +348,8 @@ def _told(error: OutOfRange, run: Run) -> Iterator[str]:
     """A line for each setting, with the place where it was written."""
     tree, _ = mistakes.resolved(mistakes.with_overrides(run))
     for line, (name, value) in zip(str(error).splitlines(), error.found.items(), strict=True):
-        typed = [f"--{key}" for key, _ in run.overrides if key.endswith(f".{name}")]  # into a list, say
-        where = [*typed, *(tree.origin(path) for path in mistakes.places(tree, name, value))]
+        where = [tree.origin(path) for path in mistakes.places(tree, name, value)]
+        where += [f"--{key}" for key, _ in run.overrides if key.endswith(f".{name}")]  # into a list, say
         yield f"{where[0]}: {line}" if where and where[0] else line
 
 

@@ -44,6 +44,7 @@ SLIPS: list[tuple[dict[str, str], int, str]] = [
     ({"trainer": ", max_epochs: -3"}, 2, "trainer.max_epochs: `max_epochs` must be a non-negative integer"),
     ({"trainer": ", strategy: dp"}, 2, "`trainer.strategy`: there is no strategy `dp`, did you mean `ddp`?"),
     ({"trainer": ", strategy: lit_gen.scale.ddp.DDP"}, 2, "--trainer.strategy.class_path lit_gen.scale.ddp.DDP"),
+    ({"trainer": ", strategy: FSDP"}, 2, "`trainer.strategy`: FSDP reads checkpoints in a way"),
     ({"trainer": ", strategy: single_device, devices: 2"}, 2, "single_device trains on one device"),
     ({"trainer": "}\nseed_everything: -5 #"}, 3, "`seed_everything` must be from 0 to 4294967295, not -5"),
     ({"data": ", size: 0"}, 7, "`size` must be at least 1, not 0"),

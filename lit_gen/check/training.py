@@ -132,8 +132,8 @@ def _check_strategy(report: Report, trainer: dict[str, Any]) -> type | None:
     """The strategy's class, whose settings its constructor accepts."""
     value, where = trainer["strategy"], ("trainer", "strategy")
     if isinstance(value, str):
-        if value in StrategyRegistry:
-            return StrategyRegistry[value]["strategy"]
+        if value.lower() in StrategyRegistry:
+            return StrategyRegistry[value.lower()]["strategy"]
         found = resolve(value, Strategy)
         return found if isinstance(found, type) else None
     cls = resolve(value["class_path"], Strategy)

@@ -198,6 +198,7 @@ def test_ctrl_c_saves_and_a_second_one_stops_at_once(toy: Path, lit_gen: Command
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what a shell starts with &
         )
         while running.poll() is None and (not Path("runs/toy/one/trace").exists() or len(batches("toy/one")) == there):
             time.sleep(0.05)
