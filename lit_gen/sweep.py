@@ -190,9 +190,10 @@ def _arms(merged: Settings, section: dict[str, Any]) -> tuple[str, list[Arm]]:
     key = next(iter(over), "")
     arms = []
     for written, settings in section["arms"].items():
-        if not isinstance(settings, dict | None):
-            where = merged.origin(("sweep", "arms", written))
-            raise UserError(f"{where}: arm `{written}` must be a mapping of settings, not {settings!r}")
+        _require_mapping(merged, ("sweep", "arms", written), settings)
+        for part in ("take", "stages", "vars"):
+            _require_mapping(merged, ("sweep", "arms", written, part), (settings or {}).get(part))
+    for written, settings in section["arms"].items():
         origins = subtree(merged, ("sweep", "arms", written)).origins if settings else {}
         settings = dict(settings or {})
         own = settings.pop("over", None)
@@ -229,6 +230,11 @@ def _arms(merged: Settings, section: dict[str, Any]) -> tuple[str, list[Arm]]:
                 where = merged.origin(("sweep", "arms", arm.written, "take", stage))
                 raise UserError(f"{where}: `{arm.name}` takes a stage from `{source}`, which is not run")
     return key, sorted(arms, key=lambda arm: bool(arm.settings.get("take")))
+
+
+def _require_mapping(merged: Settings, path: KeyPath, value: Any) -> None:
+    if not isinstance(value, dict | None):
+        raise UserError(f"{merged.origin(path)}: `{path[-1]}` must be a mapping, not {value!r}")
 
 
 def _are_numbers(values: Any, or_null: bool = False) -> bool:

@@ -157,7 +157,8 @@ def test_the_arms_of_a_sweep_are_checked(
     for old, new, said in (
         ("seeds", "seed", f"a.yaml:{first + 1}: there is no setting `sweep.seed`, did you mean `seeds`?"),
         ("[0, 1]", "2", f"a.yaml:{first + 1}: `seeds` is a list of numbers"),
-        ("{model: {init_args: {width: 1}}}", "3", f"a.yaml:{first + 4}: arm `narrow` must be a mapping"),
+        ("{model: {init_args: {width: 1}}}", "3", f"a.yaml:{first + 4}: `narrow` must be a mapping, not 3"),
+        ("{model:", "{take: one, model:", f"a.yaml:{first + 4}: `take` must be a mapping, not 'one'"),
     ):
         here_is_a_set.write_text(text + good.replace(old, new, 1))
         assert lit_gen("check", "-c", "a.yaml") == 2
