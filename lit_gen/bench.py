@@ -18,8 +18,8 @@ from typing import Any
 
 from lit_gen import cli, experiment, interrupts
 from lit_gen.errors import UserError
-from lit_gen.experiment import Override, Run
 from lit_gen.files import read_json, write_whole
+from lit_gen.run import Override, Run
 from lit_gen.sweep import slug
 from lit_gen.task import Task
 

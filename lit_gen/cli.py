@@ -21,8 +21,8 @@ from pathlib import Path
 from lit_gen import experiment, interrupts, usage
 from lit_gen import settings as trees
 from lit_gen.errors import UserError, nearest
-from lit_gen.experiment import Changes, Override, Run
 from lit_gen.files import alone_in
+from lit_gen.run import LENGTH, Changes, Override, Run
 
 Options = dict[str, str | bool]
 
@@ -328,7 +328,7 @@ def _finished(run: Run, changes: Changes) -> bool:
 
 def _wrong(changes: Changes) -> Changes:
     """Changes other than a longer training."""
-    return {k: v for k, v in changes.items() if not (k in experiment.LENGTH and _grew(*v))}
+    return {k: v for k, v in changes.items() if not (k in LENGTH and _grew(*v))}
 
 
 def _told(changes: Changes) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_gen import cli
 from lit_gen.errors import UserError, nearest
-from lit_gen.experiment import Run
+from lit_gen.run import Run
 
 FORMATS = ("safetensors", "checkpoint")
 

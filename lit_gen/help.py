@@ -12,8 +12,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_gen.classes import keep_to_packages, resolve
 from lit_gen.errors import UserError
-from lit_gen.experiment import Run
 from lit_gen.mistakes import resolved, with_overrides
+from lit_gen.run import Run
 from lit_gen.settings import KeyPath
 from lit_gen.stage import Command
 

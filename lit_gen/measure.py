@@ -24,7 +24,7 @@ from lit_gen.callbacks.record import provenance
 from lit_gen.callbacks.speed import UNKNOWN, Counts, Speed, kind_of, peak_memory
 from lit_gen.data.loader import endless
 from lit_gen.errors import UserError
-from lit_gen.experiment import Run
+from lit_gen.run import Run
 from lit_gen.scale.ddp import DDP
 from lit_gen.scale.shards import size
 from lit_gen.stage import SMOKE_NOTHING, Command

@@ -41,7 +41,7 @@ from lit_gen.classes import (
     resolve,
 )
 from lit_gen.errors import nearest
-from lit_gen.experiment import Run
+from lit_gen.run import Run
 from lit_gen.settings import KeyPath, Settings, leaves, merge, parse_value
 
 ROOTS = {

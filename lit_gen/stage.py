@@ -30,9 +30,9 @@ from lit_gen.callbacks.speed import Speed
 from lit_gen.cli import TRAINER_VERBS, as_words
 from lit_gen.data.split import Paused
 from lit_gen.errors import OutOfRange, UserError
-from lit_gen.experiment import Run
 from lit_gen.files import alone_in, write_whole
 from lit_gen.methods.base import Method
+from lit_gen.run import Run
 from lit_gen.scale.zero import refuse_other
 from lit_gen.settings import leaves
 from lit_gen.weights import read_checkpoint

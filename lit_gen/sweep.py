@@ -33,8 +33,8 @@ import yaml
 
 from lit_gen import experiment
 from lit_gen.errors import UserError, nearest
-from lit_gen.experiment import Override, Run
 from lit_gen.files import write_whole
+from lit_gen.run import Override, Run
 from lit_gen.settings import KeyPath, Settings, merge, subtree
 from lit_gen.task import Task
 

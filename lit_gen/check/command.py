@@ -15,7 +15,7 @@ from typing import Any
 from lit_gen import cli, experiment, sweep
 from lit_gen.check.report import Report, bytes_of
 from lit_gen.errors import UserError, nearest
-from lit_gen.experiment import Override, Run
+from lit_gen.run import Override, Run
 from lit_gen.settings import KeyPath, leaves
 
 # Settings that name what a run writes, not what it reads.
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         mistakes.append(str(error))
     # Of each arm the first: with another seed, or at another of its values, it is the same but for a number.
     firsts = {cell.series: cell for cell in reversed(cells)}
-    arms = {cell.series: [Report(run) for run in cell.runs] for cell in cells if cell is firsts[cell.series]}
+    arms = {series: [Report(run) for run in cell.runs] for series, cell in reversed(firsts.items())}
     everything = [*reports, *(report for arm in arms.values() for report in arm)]
     mistakes += _bind(everything)
     for report in reports:

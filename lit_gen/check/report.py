@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lit_gen.errors import OutOfRange, UserError
-from lit_gen.experiment import Run
+from lit_gen.run import Run
 from lit_gen.settings import KeyPath, Settings
 
 T = TypeVar("T")

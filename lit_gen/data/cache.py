@@ -28,8 +28,8 @@ from lit_gen.data.shards import INDEX, BadSample, Shard, ShardSet
 from lit_gen.data.split import Job, Paused, Samples, cores, own_devices
 from lit_gen.data.write import write_index
 from lit_gen.errors import ShardError, UserError
-from lit_gen.experiment import Run
 from lit_gen.methods.base import Method
+from lit_gen.run import Run
 from lit_gen.stage import Command
 from lit_gen.task import Task
 
