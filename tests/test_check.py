@@ -149,11 +149,23 @@ def test_one_sample_of_each_set_is_opened(sets: Path, lit_gen: Command, capsys: 
     assert "a.yaml:7: sets/small.yaml: shard" in capsys.readouterr().err
 
 
-def test_a_cache_must_be_there_and_fit(sets: Path, lit_gen: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    build("sets/small.yaml")
-    sets.write_text(STYLED.format(**GOOD | {"batch_size": "4, cached: float16"}))
+def test_a_set_that_is_yet_to_be_built_is_tried_too(
+    sets: Path, lit_gen: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = STYLED.format(**GOOD | {"train": "sets/clips.yaml", "batch_size": "4, frames: 99"})
+    sets.write_text(text.replace("StyledImages", "Videos").replace(" val: sets/small.yaml,", ""))
     assert lit_gen("check", "-c", "a.yaml") == 2
-    assert "a.yaml:7: sets/small.yaml is cached not at all yet; run python -m lit_gen cache" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "a.yaml:7: sets/clips.yaml: 000000.tar/00000000 cannot be read: the video has 8 frames, 99 are needed" in err
+    assert not Path("sets/shards").exists()
+
+
+def test_a_cache_must_be_there_and_fit(sets: Path, lit_gen: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    sets.write_text(STYLED.format(**GOOD | {"batch_size": "4, cached: float16"}))
+    for make in (lambda: None, lambda: build("sets/small.yaml")):
+        make()
+        assert lit_gen("check", "-c", "a.yaml") == 2
+        assert "a.yaml:7: sets/small.yaml is not cached yet; run python -m lit_gen cache" in capsys.readouterr().err
 
     module = StyledImages(train="sets/small.yaml", cached="float16")
     preprocessing = {"version": encoded.VERSION, **module.preprocessing()}

@@ -29,6 +29,20 @@ def batch(stage: str) -> dict:
     return {"video": torch.zeros(2, 3, 3, 64, 64), "caption": caption}
 
 
+def kept(model: Method, batch: object) -> int:
+    """Bytes that a real training step keeps for its backward pass, weights apart."""
+    found: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train().training_step(batch, 0)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(t.untyped_storage().nbytes() for place, t in found.items() if place not in own)
+
+
 @pytest.mark.parametrize("stage", ["adapter", "temporal"])
 def test_an_outline_has_the_size_of_the_model(stage: str, tiny_base: Path) -> None:
     model: Method = build(Method, settings(stage, tiny_base))
@@ -45,20 +59,19 @@ def test_an_outline_has_the_size_of_the_model(stage: str, tiny_base: Path) -> No
     assert (size.gradients, size.optimizer, size.optimizers) == (4 * size.trainable, 8 * size.trainable, 1)  # Adam
     assert size.stored == sum(t.numel() * t.element_size() for t in model.state_dict().values())
 
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.train().training_step(batch(stage), 0)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    real = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+    real = kept(model, batch(stage))
     found = activations(drawn, batch(stage), "32-true")
     assert found == pytest.approx(real, rel=0.05)
     if stage == "adapter":
         assert activations(drawn, batch(stage), "bf16-mixed") < 0.8 * found
+
+
+@pytest.mark.parametrize("method", ["asd.Particles", "asd_edit.Edits"])
+def test_activations_of_a_method_that_needs_no_data(method: str, tiny_base: Path) -> None:
+    made = {"class_path": f"lit_gen.methods.{method}", "init_args": {"base": str(tiny_base)}}
+    model = build(Method, made)
+    batch = next(iter(model.train_dataloader()))
+    assert activations(outline(made), batch, "32-true") == pytest.approx(kept(model, batch), rel=0.05)
 
 
 def test_a_large_network_takes_no_memory() -> None:

@@ -43,7 +43,9 @@ def test_settings_bind(
         arms = {cell.series: cell.runs for cell in sweep.read([str(file)], write=False).cells}
         Binding("fit", [run for runs in arms.values() for run in runs])
     assert lit_gen("check", "-c", str(file), "--smoke") == 0  # small, since the sets of this universe are
-    assert "its size was not found" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "its size was not found" not in told
+    assert "RenderedWorld" in file.read_text() or "activations" in told and "without activations" not in told
     assert experiment.describe(file)
 
 

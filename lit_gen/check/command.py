@@ -75,7 +75,7 @@ def _check_arms(first: Report, arms: dict[str, list[Report]], cells: list[sweep.
     stored = 0
     for arm, reports in arms.items():
         for report in reports:
-            check(report, runs)
+            check(report, runs, is_arm=True)
             stored += report.stored * cells_of[arm]
     told = f"{len(arms)} arm{'s' * (len(arms) != 1)}"
     first.facts["sweep"] = f"{len(cells)} runs of {told}, {bytes_of(stored)} of checkpoints"
@@ -123,8 +123,14 @@ def _bind(reports: list[Report]) -> list[str]:
     return binding.mistakes
 
 
-def check(report: Report, runs: list[Run]) -> None:
-    """Find out what one run would do; `runs` are all of the experiment, whose checkpoints will be there in time."""
+def check(report: Report, runs: list[Run], is_arm: bool = False) -> None:
+    """Find out what one run would do.
+
+    Args:
+        report: of the run.
+        runs: all of the experiment, whose checkpoints will be there in time.
+        is_arm: whether only problems and notes, and what it stores, will be told.
+    """
     from lit_gen.check.data import check_data
     from lit_gen.check.training import check_model, check_times, check_trainer
 
@@ -139,7 +145,7 @@ def check(report: Report, runs: list[Run]) -> None:
     check_trainer(report, settings)
     batch = check_data(report, settings)
     if paths_are_good:  # or building the model would only say the same
-        check_model(report, settings, batch)
+        check_model(report, settings, batch, is_arm)
     started = f"would continue from {run.last}" if run.last.exists() else "not started"
     report.facts["state"] = "finished" if run.done.is_file() else started
     _check_writable(report)

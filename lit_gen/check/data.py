@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,11 @@ from lit_gen.check.report import Report, described, made
 from lit_gen.check.size import build
 from lit_gen.classes import resolve
 from lit_gen.data import encoded
+from lit_gen.data.build import first_sample
 from lit_gen.data.decode import decode
 from lit_gen.data.loader import collate
 from lit_gen.data.module import Shards
+from lit_gen.data.random_batches import RandomData
 from lit_gen.data.remote import is_remote
 from lit_gen.data.sets import SetFile
 from lit_gen.data.shards import INDEX, BadSample, ShardSet
@@ -35,20 +38,29 @@ def check_data(report: Report, settings: dict[str, Any]) -> dict[str, Any] | Non
         report: what is found goes here.
         settings: of the run; where the parser objects to them, those of the files, which lack what is left to defaults.
     """
+    with tempfile.TemporaryDirectory(prefix="lit_gen-") as place:
+        return _check_sets(report, settings, Path(place))
+
+
+def _check_sets(report: Report, settings: dict[str, Any], place: Path) -> dict[str, Any] | None:
+    """As `check_data`; `place` is an empty folder, for a sample of each set that is yet to be built."""
     trainer = settings.get("trainer") or {}
     batches, told = [], []
     for path, node in _nodes(settings.get("data"), ("data",)):
         cls = resolve(str(node["class_path"]), L.LightningDataModule)
-        if not isinstance(cls, type) or not issubclass(cls, Shards):
+        if not isinstance(cls, type) or not issubclass(cls, Shards | RandomData):
             continue
         module = _module(report, path, node)
+        if issubclass(cls, RandomData):
+            batches += [module.example()] if module is not None else []
+            continue
         arguments = node.get("init_args") or {}
         for split in SPLITS:
             source, where = arguments.get(split), (*path, "init_args", split)
             if not isinstance(source, str):
                 continue
             try:
-                count, state, shards = _open(report, where, source, cls)
+                count, state, shards = _open(report, where, source, cls, place)
             except UserError as error:
                 report.problem(where, str(error))
                 continue
@@ -56,8 +68,8 @@ def check_data(report: Report, settings: dict[str, Any]) -> dict[str, Any] | Non
                 told.append(f"{source} ({count} samples{state}), " + _steps(report, where, trainer, count, module))
                 _check_interval(report, trainer, count // (module.batch_size * processes(trainer)), module)
             sample = _check_samples(report, where, shards, module, split) if shards and module else None
-            if split == "train" and shards and module and module.cached:
-                _check_cache(report, where, shards, module)
+            if split == "train" and shards and module and module.cached and not module.caches:
+                _check_cache(report, where, shards, module, built=not state)
             if split == "train" and sample is not None:
                 batches.append(collate([sample] * module.batch_size))
     if told:
@@ -86,7 +98,7 @@ def _nodes(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, dict[str, Any]]
             yield from _nodes(item, (*path, i))
 
 
-def _module(report: Report, path: KeyPath, node: dict[str, Any]) -> Shards | None:
+def _module(report: Report, path: KeyPath, node: dict[str, Any]) -> Any:
     """The data module of these settings; None where they are not what was meant, or its constructor objects."""
     if not report.is_whole(path):
         return None
@@ -99,13 +111,15 @@ def _module(report: Report, path: KeyPath, node: dict[str, Any]) -> Shards | Non
     return None
 
 
-def _open(report: Report, where: KeyPath, source: str, cls: type[Shards]) -> tuple[int, str, ShardSet | None]:
-    """-> (samples, ", state" in words, the set where it can be read now)"""
+def _open(
+    report: Report, where: KeyPath, source: str, cls: type[Shards], place: Path
+) -> tuple[int, str, ShardSet | None]:
+    """-> (samples, ", state" in words, the set where it can be read now, or its first sample where it can be made)"""
     if Path(source).suffix in (".yaml", ".yml") and not is_remote(source):
         described = SetFile.read(source)
         _require_kind(source, described.kind, cls)
         if not described.folder.is_dir():
-            return described.count, ", to be built", None
+            return described.count, ", to be built", first_sample(described, Path(tempfile.mkdtemp(dir=place)))
     elif source.startswith("pipe:") or (is_remote(source) and ".tar" in source):
         # A command may do anything, and counting the samples of a tar takes the whole of it.
         report.note(where, f"{source} is fetched and counted when the run starts; it was not opened")
@@ -150,17 +164,17 @@ def _check_interval(report: Report, trainer: dict[str, Any], batches: int, modul
         )
 
 
-def _check_cache(report: Report, where: KeyPath, shards: ShardSet, module: Shards) -> None:
+def _check_cache(report: Report, where: KeyPath, shards: ShardSet, module: Shards, built: bool) -> None:
     """Whether a cache fits in all but the encoders' weights, which the run itself compares when it starts."""
     folder = encoded.folder_of(module, {})
-    wanted = {"set": shards.fingerprint, "dtype": module.cached}
+    wanted: dict[str, Any] = {"dtype": module.cached} | ({"set": shards.fingerprint} if built else {})
     wanted["preprocessing"] = {"version": encoded.VERSION, **module.preprocessing()}
     found = [json.loads(index.read_text())["description"] for index in folder.parent.glob(_any_key(folder.name))]
     stale = [encoded.changes(old, old | wanted) for old in found]
     if not all(stale):  # one of them differs in nothing
         return
-    why = f"only from something else ({'; '.join(min(stale, key=len))})" if stale else "not at all yet"
-    report.problem(where, f"{shards.source} is cached {why}; run python -m lit_gen cache with the same settings")
+    why = f"cached only from something else ({'; '.join(min(stale, key=len))})" if stale else "not cached yet"
+    report.problem(where, f"{shards.source} is {why}; run python -m lit_gen cache with the same settings")
 
 
 def _any_key(name: str) -> str:
@@ -172,7 +186,7 @@ def _check_samples(
 ) -> dict[str, Any] | None:
     """The first sample as the module makes it; it and the last one are read."""
     made = None
-    for index in (0, len(shards) - 1):
+    for index in sorted({0, len(shards) - 1}):
         name = f"sample {index}"
         try:
             name, members = shards.read(index, module.extensions)

@@ -5,7 +5,8 @@
 * Optimizer: the state that one step of the method's own optimizer leaves for a parameter, times the parameters.
 * Activations: what autograd keeps for the backward pass of one training step on a batch of the real shapes.
 
-What CUDA, the libraries' workspaces and the backward pass itself take comes on top; a few GB, or a tenth, is usual.
+What CUDA, the libraries' workspaces and the backward pass itself take comes on top; a few GB, or a tenth, is usual,
+and more where activations are computed again. A compiled network keeps fewer of them than is told here.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from jsonargparse import ArgumentParser
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
 
 HALVES = ("bf16-mixed", "16-mixed", "bf16-true", "16-true")
 
@@ -153,7 +155,7 @@ def measure(model: L.LightningModule, max_steps: int, precision: str) -> Size:
     )
 
 
-def activations(model: L.LightningModule, batch: dict[str, Any], precision: str) -> int:
+def activations(model: L.LightningModule, batch: Any, precision: str) -> int:
     """Bytes that autograd keeps of one training step; raises whatever a step on shapes alone cannot do."""
     kept: dict[int, Tensor] = {}
 
@@ -170,7 +172,7 @@ def activations(model: L.LightningModule, batch: dict[str, Any], precision: str)
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device.type == "meta":
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-        shapes = {k: fake.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        shapes = tree_map(lambda v: fake.from_tensor(v) if isinstance(v, Tensor) else v, batch)
         own = {w.untyped_storage()._cdata for w in model.parameters()}
         half = torch.autocast("cpu", torch.bfloat16) if str(precision) in HALVES else nullcontext()
         model.train()

@@ -11,6 +11,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_gen.callbacks.checkpoint import Checkpoint
 from lit_gen.callbacks.ema import EMA
@@ -97,8 +98,15 @@ def _check_devices(report: Report, trainer: dict[str, Any]) -> None:
         report.note(("trainer", "devices"), f"trainer.devices is {devices}: figures are those of one device")
 
 
-def check_model(report: Report, settings: dict[str, Any], batch: dict[str, Any] | None) -> None:
-    """Build the model without its weights; hold it against the trainer, and find out how large it is."""
+def check_model(report: Report, settings: dict[str, Any], batch: dict[str, Any] | None, is_arm: bool = False) -> None:
+    """Build the model without its weights; hold it against the trainer, and find out how large it is.
+
+    Args:
+        report: what is found goes here.
+        settings: of the run, as the parser resolved them.
+        batch: a training batch of the real shapes; None where none could be made.
+        is_arm: of a sweep, of which only problems and notes will be told.
+    """
     trainer = settings["trainer"]
     strategy = _check_strategy(report, trainer)
     try:
@@ -120,11 +128,14 @@ def check_model(report: Report, settings: dict[str, Any], batch: dict[str, Any] 
     _check_fit(report, trainer, model, size, strategy)
     _check_schedule(report, settings)
     why = "no batch could be made"
-    if batch is not None:
-        try:
+    try:
+        if batch is None and is_overridden("train_dataloader", model):  # it needs no data
+            batch = next(iter(model.train_dataloader()))
+        # A step on shapes takes most of the time; of an arm nothing is told but that a GPU here is too small.
+        if batch is not None and (not is_arm or torch.cuda.is_available()):
             size.activations = activations(model, batch, trainer["precision"])
-        except Exception as error:  # whatever a step needs beyond shapes
-            why = described(error)
+    except Exception as error:  # whatever a step needs beyond shapes
+        why = described(error)
     _tell(report, settings, size, strategy, why)
 
 

@@ -6,8 +6,9 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from lit_gen.data.facts import facts_from_scenes
 from lit_gen.data.sets import SetFile
 from lit_gen.data.shards import INDEX, ShardSet
 from lit_gen.data.split import Job, Samples, cores, own_devices
-from lit_gen.data.write import write_index
+from lit_gen.data.write import write_index, write_tar
 from lit_gen.errors import UserError, at_least
 from lit_gen.task import Task
 
@@ -77,6 +78,13 @@ def build(
     return folder if job.run(task, devices, current) else None
 
 
+def first_sample(description: SetFile, folder: Path) -> ShardSet:
+    """A set of nothing but the first sample of another, which need not be built, in an empty folder of its own."""
+    shard = write_tar(folder / "000000.tar", _rendering(description)(description, 0, 1, "cpu"))
+    write_index(folder, description.kind, [shard], description.description)
+    return replace(ShardSet.open(folder), source=str(description.path))
+
+
 def source_fingerprint(description: SetFile) -> str:
     """Hash of all that determines the pictures: the set file and the world's code."""
     digest = hashlib.sha256(json.dumps(description.description, sort_keys=True).encode())
@@ -93,10 +101,14 @@ def _sizes(description: SetFile) -> list[int]:
     return [min(each, description.count - first) for first in range(0, description.count, each)]
 
 
+def _rendering(description: SetFile) -> Callable[[SetFile, int, int, str], Iterator[dict[str, str | bytes]]]:
+    """(set file, first, last, device) -> samples first … last - 1, encoded."""
+    return stories.rendered if description.kind == "stories" else _rendered
+
+
 def _renderer(description: SetFile, building: Path, device: str) -> Samples:
     """What writes shards on a device."""
-
-    rendered = stories.rendered if description.kind == "stories" else _rendered
+    rendered = _rendering(description)
 
     def samples(number: int) -> Iterator[dict[str, str | bytes]]:
         first = number * description.samples_per_shard

@@ -35,6 +35,7 @@ class Shards(L.LightningDataModule):
     kinds: tuple[str, ...] = ()  # of sets that have the samples
     extensions: set[str] = set()  # of members that are read
     encoded: set[str] = set()  # of those that a cache stands for
+    caches = False  # whether `prepare_data` makes the caches that are missing
 
     def __init__(
         self,

@@ -5,19 +5,19 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import lightning.pytorch as L
 import torch
 from torch import Tensor
 
-from lit_gen.data.endless import Endless
+from lit_gen.data.random_batches import RandomData
+from lit_gen.errors import at_least
 
 _WORDS = (
     "a the red blue green ball cube cone jumps spins grows then first finally grass wood stone sand night fog".split()
 )
 
 
-class RandomStories(L.LightningDataModule):
-    """Batches like those of `Stories`, made once, on the device: frames of noise (bytes), or features of frames.
+class RandomStories(RandomData):
+    """Batches like those of `Stories`: frames of noise (bytes), or features of frames.
 
     Args:
         batch_size: videos per step and rank.
@@ -41,36 +41,25 @@ class RandomStories(L.LightningDataModule):
         batches: int = 2,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.batch_size, self.batches, self.seed = batch_size, batches, seed
+        super().__init__(batches, seed)
+        at_least(1, batch_size=batch_size, frames=frames, pixels=pixels, features=features)
+        at_least(1, paragraph_words=paragraph_words, caption_words=caption_words)
+        self.batch_size = batch_size
         self.shape = (batch_size, frames, features) if features else (batch_size, frames, 3, pixels, pixels)
         self.name = "frame_features" if features else "video"
         self.words = paragraph_words, caption_words
-        self.made: list[dict[str, Any]] = []
 
-    def setup(self, stage: str) -> None:
-        rank, device = self.trainer.global_rank, self.trainer.strategy.root_device
-        generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + rank)
-        chance = random.Random(self.seed * 1_000_003 + rank)
-        self.made = [self._batch(generator, device, chance, rank) for _ in range(self.batches)]
-
-    def _batch(
-        self, generator: torch.Generator, device: torch.device, chance: random.Random, rank: int
-    ) -> dict[str, Any]:
+    def batch(self, generator: torch.Generator, rank: int) -> dict[str, Any]:
+        device = generator.device
         seen: Tensor
         if self.name == "video":
             seen = torch.randint(256, self.shape, generator=generator, device=device, dtype=torch.uint8)
         else:
             seen = torch.rand(self.shape, generator=generator, device=device) * 2 - 1
+        chance = random.Random(int(torch.randint(2**62, (), generator=generator, device=device)))
         paragraphs, captions = (
             [" ".join(chance.choices(_WORDS, k=words)) for _ in range(self.batch_size)] for words in self.words
         )
         ids = torch.arange(self.batch_size, device=device) + rank * self.batch_size
         told = {"paragraph": paragraphs, "captions": [[caption] for caption in captions]}
         return {self.name: seen, "video_id": ids, "key": [str(i) for i in ids.tolist()], **told}
-
-    def train_dataloader(self) -> Endless:
-        return Endless(1000)
-
-    def transfer_batch_to_device(self, batch: int, device: torch.device, dataloader_idx: int) -> dict[str, Any]:
-        return dict(self.made[batch % self.batches])

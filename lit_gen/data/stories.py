@@ -177,6 +177,7 @@ class Stories(Shards):
     kinds = ("stories",)
     extensions = {*FRAMES, "json"}
     encoded = set(FRAMES)
+    caches = True
 
     def __init__(
         self,

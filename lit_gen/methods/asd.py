@@ -121,6 +121,10 @@ class Particles(DistilledPictures):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self.remember(self.latents[:: self.count])
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         if self.compiled is not None and self.compiled.replays_graphs:
             # What the step before left in the graphs' buffers is no longer wanted. Left to itself torch guesses where a
@@ -129,7 +133,6 @@ class Particles(DistilledPictures):
         index = batch // self.count
         prompts = Prompts(self.text[index], self.null.expand(len(index), -1, -1), index=index)
         latents = self.as_latents()
-        self.remember(self.latents[:: self.count])
         step = self.distillation(latents, prompts, self.global_step)
         self.log_dict({f"train/{name}": value for name, value in step.logs.items()}, batch_size=len(index))
         return step.total

@@ -155,8 +155,11 @@ class Edits(DistilledPictures):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
         self.remember(self.latents)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         null = self.null.expand(len(batch), -1, -1)
         prompts = Prompts(self.target[batch], null, self.source[batch], index=batch)
         if isinstance(self.distillation, DDS):

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from lit_gen.data import build as building
-from lit_gen.data.build import build
+from lit_gen.data.build import build, first_sample
 from lit_gen.data.command import main
 from lit_gen.data.decode import encode_video, read_image, read_video
 from lit_gen.data.facts import facts_from_scenes, scenes_from_facts
 from lit_gen.data.images import to_tensor
+from lit_gen.data.sets import SetFile
 from lit_gen.data.shards import ShardSet
 from lit_gen.world.grammar import captions
 from lit_gen.world.render import render, render_video
@@ -46,6 +47,18 @@ def sums(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     return build(set_file(tmp_path_factory.mktemp("built")), workers=1)
+
+
+@pytest.mark.parametrize("kind", ["style", "videos", "stories"])
+def test_the_first_sample_is_that_of_the_set(kind, tmp_path):
+    recipe = {"style": "styled", "videos": "motion", "stories": "base"}[kind]
+    file = set_file(tmp_path, kind=kind, recipe=recipe, count=2, samples_per_shard=2, frames=2)
+    (tmp_path / "one").mkdir()
+    one = first_sample(SetFile.read(file), tmp_path / "one")
+    assert (len(one), one.kind, one.source) == (1, kind, str(file))
+    build(file, workers=1)
+    extensions = {"png", "mp4", "txt", "json"}
+    assert one.read(0, extensions) == ShardSet.open(file).read(0, extensions)
 
 
 def test_facts_rebuild_the_scenes_exactly():

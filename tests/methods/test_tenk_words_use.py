@@ -83,6 +83,13 @@ def test_testing_scores_every_level_and_keeps_the_features(
         assert called
 
 
+def test_a_cache_that_the_run_itself_will_make_is_not_asked_for(
+    lit_gen: Command, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    assert lit_gen("check", *WORDS, "--data.init_args.cached", "float32") == 0
+
+
 def test_cached_features_give_the_same_losses(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lit_gen.data.cache import cache
     from lit_gen.data.encoded import find
