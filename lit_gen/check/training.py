@@ -198,7 +198,7 @@ def _tell(report: Report, settings: dict[str, Any], size: Size, strategy: type |
     ranks, average = processes(trainer), 0
     for callback in trainer["callbacks"] or []:
         cls = resolve(callback["class_path"], L.Callback)
-        average += size.gradients if isinstance(cls, type) and issubclass(cls, EMA) else 0
+        average += 4 * size.trainable if isinstance(cls, type) and issubclass(cls, EMA) else 0  # in float32
     report.facts["model"] += (
         f", {size.trainable / 1e6:,.1f} M of {(size.trainable + size.frozen) / 1e6:,.1f} M parameters are trained"
     )

@@ -126,7 +126,11 @@ class Method(L.LightningModule):
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return  # its engine clips, over the gradients of all processes
-        # Not Lightning's own clipping: it refuses fused optimizers under mixed precision.
+        # Not Lightning's own clipping: it refuses fused optimizers under mixed precision, since under "16-mixed" it
+        # leaves it to their step to undo the scale of the gradients, which their norm must not have.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
             if (norm := group.get("clip_norm", self.optimizer_settings.clip_norm)) > 0:
                 torch.nn.utils.clip_grad_norm_(group["params"], norm)

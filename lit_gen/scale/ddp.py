@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -52,6 +53,11 @@ class DDP(DDPStrategy):
 
     def _register_ddp_hooks(self) -> None: ...
 
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self.averaging is not None:
+            share_buffers(self.lightning_module)
+
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Within, gradients are added up on each process alone."""
@@ -69,6 +75,16 @@ class DDP(DDPStrategy):
             self.averaging.remove()
             self.averaging = None
         super().teardown()
+
+
+@torch.no_grad()
+def share_buffers(module: nn.Module) -> None:
+    """Have every process hold what the first has in buffers, such as the statistics of batch norms, which each process
+    gathers from its own samples and which only evaluation and checkpoints need to be the same."""
+    for buffer in module.buffers():
+        sent = buffer.contiguous()
+        dist.broadcast(sent, 0)
+        buffer.copy_(sent)
 
 
 class Averaging(Buckets):

@@ -16,7 +16,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy, StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
 from lit_gen.errors import UserError
@@ -24,6 +24,7 @@ from lit_gen.methods.base import Method
 from lit_gen.scale import peers
 from lit_gen.scale.buckets import LEAST
 from lit_gen.scale.consolidate import FROZEN, NAMES, ORDERS, TAG, parts_of, read_part
+from lit_gen.scale.ddp import share_buffers
 from lit_gen.scale.layout import order_in_memory
 from lit_gen.scale.reduction import ReductionByCollectives, ReductionByCopies, flattened_as_they_lie
 from lit_gen.scale.shards import unshard
@@ -157,10 +158,21 @@ class ZeRO(DeepSpeedStrategy):
         engine._copy_recovery_script = lambda path: None  # it would unpickle; `export` does not
         return engine, optimizer
 
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self.model is not self.lightning_module and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            share_buffers(self.lightning_module)
+
     def teardown(self) -> None:
         if self.model is not None and self.model is not self.lightning_module:  # the module is an ordinary one again
-            pieces = {p: (p.ds_tensor.data, p.ds_shape) for p in self.model.parameters() if hasattr(p, "ds_tensor")}
+            trainer = self.lightning_module.trainer
+            # After an error other processes may be anywhere: waiting for them to bring their pieces would be for ever.
+            cut = () if trainer.state.status is TrainerStatus.INTERRUPTED else self.model.parameters()
+            pieces = {p: (p.ds_tensor.data, p.ds_shape) for p in cut if hasattr(p, "ds_tensor")}
             self.model.destroy()
+            for hook in ("module_forward_pre_hook", "module_forward_post_hook"):  # which keep all of it in memory
+                if (handle := getattr(self.model, hook, None)) is not None:
+                    handle.remove()
             for weight, (piece, shape) in pieces.items():
                 whole = unshard(piece.to(self.root_device), shape).cpu()
                 for attribute in [a for a in vars(weight) if a.startswith("ds_")]:
@@ -193,7 +205,7 @@ class ZeRO(DeepSpeedStrategy):
         """Continue from a folder of as many processes; without training, any checkpoint does.
 
         Raises:
-            UserError: a file, or a folder of another number of processes.
+            UserError: a file, or a folder of another number of processes or another stage.
         """
         path = Path(checkpoint_path)
         if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
@@ -207,6 +219,12 @@ class ZeRO(DeepSpeedStrategy):
             raise UserError(
                 f"{path}: was saved by {count} processes and ZeRO cannot divide it among {self.world_size} anew; "
                 "continue on as many, or make one file of it (`export --format checkpoint`) for another strategy"
+            )
+        was_cut = parts_of(path, "model")[0].name.startswith("zero_pp_rank_")
+        if was_cut != (self.stage == 3):
+            raise UserError(
+                f"{path}: was saved at stage {'3' if was_cut else '1 or 2'}, and this is stage {self.stage}; continue "
+                "at that one, or make one file of it (`export --format checkpoint`) for another strategy"
             )
         _, client = self.deepspeed_engine.load_checkpoint(
             str(path), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False

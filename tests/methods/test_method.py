@@ -3,10 +3,12 @@
 import copy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -29,11 +31,13 @@ class Line(Method):
         return (self.line(self.frozen(batch[0])) - batch[1]).square().mean()
 
 
-def fit(model: Method, folder: Path, steps: int, callbacks: list | None = None, resume: str | None = None) -> L.Trainer:
+def fit(
+    model: Method, folder: Path, steps: int, callbacks: list | None = None, resume: str | None = None, **settings: Any
+) -> L.Trainer:
     x = torch.arange(32.0).view(16, 2) / 16
     trainer = L.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder, callbacks=callbacks or [],
+        enable_model_summary=False, default_root_dir=folder, callbacks=callbacks or [], **settings,
     )  # fmt: skip
     trainer.fit(model, DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=4), ckpt_path=resume)
     return trainer
@@ -110,12 +114,56 @@ def test_average_is_the_plain_recursion_and_survives_a_checkpoint(tmp_path: Path
     expected = watch.weights[0]
     for weight in watch.weights[1:]:
         expected = 0.8 * expected + 0.2 * weight
-    torch.testing.assert_close(average.shadow["line.weight"], expected)
     torch.testing.assert_close(model.line.weight.data, expected)  # after the fit the model is the average
     trainer.save_checkpoint(tmp_path / "e.ckpt")
     other = Line()
     other.load_weights(tmp_path / "e.ckpt")
     torch.testing.assert_close(other.line.weight.data, expected)
+
+
+def test_an_average_of_half_precision_weights_is_kept_in_float32(tmp_path: Path) -> None:
+    class Watch(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.expected = pl_module.line.weight.detach().float()
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+            self.expected = 0.999 * self.expected + 0.001 * pl_module.line.weight.detach().float()
+
+        def on_train_end(self, *_: object) -> None:
+            self.average = average.shadow["line.weight"]
+
+    watch, average = Watch(), EMA(decay=0.999, warmup=False)
+    fit(Line(), tmp_path, 4, [watch, average], precision="bf16-true")
+    assert watch.average.dtype == torch.float32
+    torch.testing.assert_close(watch.average, watch.expected)
+
+
+def test_the_average_is_in_the_weights_only_while_they_are_judged(tmp_path: Path) -> None:
+    class Judged(Line):
+        def test_step(self, batch: list, batch_idx: int) -> None:
+            self.seen = self.line.weight.detach().clone()
+
+        predict_step = test_step
+
+    model, average = Judged(), EMA()
+    trainer = fit(model, tmp_path, 1, [average])
+    before = model.line.weight.detach().clone()
+    for verb in (trainer.test, trainer.predict):
+        average.shadow = {n: torch.zeros_like(w) for n, w in model.line.named_parameters(prefix="line")}
+        verb(model, DataLoader(TensorDataset(torch.zeros(1, 2)), batch_size=1))
+        assert not model.seen.any() and torch.equal(model.line.weight.data, before)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_clipped_at_their_own_scale(fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where AdamW is fused and undoes the scale of "16-mixed" in its step."""
+    plain = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **given: plain(*args, **given | {"fused": fused}))
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))
+    trainer = fit(Line(Optimizer(clip_norm=0.01)), tmp_path, 1, plugins=[scaled])
+    (optimizer,) = trainer.optimizers
+    seen = torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()]) / 0.1
+    assert seen.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_loaded_optimizer_lies_in_memory_as_the_weights_do() -> None:

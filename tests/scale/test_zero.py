@@ -177,6 +177,21 @@ def test_what_zero_cannot_continue_is_said_in_one_line(trainings: Trainings) -> 
         assert "ZeRO continues only from what it saved itself" in results["from a file"][rank]["error"]
         assert "saved by 1 processes and ZeRO cannot divide it among 2" in results["from one process"][rank]["error"]
         assert "its weights lie in memory in another order" in results["from another order"][rank]["error"]
+        assert "was saved at stage 3, and this is stage 2" in results["from another stage"][rank]["error"]
+
+
+@pytest.mark.parametrize("case", ["ddp", "zero2", "zero3"])
+def test_a_run_that_has_ended_is_validated_alike_by_all_and_again(case: str, trainings: Trainings) -> None:
+    """Also with statistics of batch norms, and averages, which ZeRO-3 has divided until then."""
+    pair = trainings[1][f"{case} validated apart"]
+    (straight, again), other = pair[0]["figures"], pair[1]["figures"]
+    assert len(straight) == 2 and straight[0] != straight[1] and again == straight[1:]
+    assert other == [straight, again]
+    assert pair[0]["hooks"] == 0  # they would keep the engine, and all that it holds
+
+
+def test_after_an_error_no_process_waits_for_others(trainings: Trainings) -> None:
+    assert [rank["error"] for rank in trainings[1]["zero3 interrupted"]] == ["bad data"] * 2
 
 
 def test_a_full_disk_on_one_process_stops_both_and_leaves_the_checkpoint_before(trainings: Trainings) -> None:
