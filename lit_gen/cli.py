@@ -11,6 +11,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -148,7 +149,7 @@ def parse(argv: list[str]) -> tuple[list[str], Options, list[Override]]:
             raise UserError(f"`{word}` belongs to no option; settings are given as --key VALUE, files as -c FILE")
         key, equals, value = word[2:].partition("=")
         given: str | None = value if equals else None
-        if given is None and key not in SWITCHES and words and not words[0].startswith("--"):
+        if given is None and key not in SWITCHES and words and not re.match("--|-[a-z]$", words[0]):
             given = words.pop(0)
         given = given and trees.at_home(given)
         if key in ("config", "stage"):
@@ -283,7 +284,7 @@ def _measure(verb: str, run: Run, argv: list[str]) -> int:
 def _fill_lists(overrides: list[Override]) -> list[Override]:
     """`predict --prompt A --prompt B` fills the model's list `prompts`, and so on for every word of its own."""
     known = (*experiment.OWN_KEYS, "seed_everything", "trainer", "model", "data", "checkpoint", "speed", "vars")
-    known += ("init_from", "validate_first", "ckpt_path", "return_predictions", "weights_only")
+    known += ("init_from", "validate_first", "ckpt_path", "matmul_precision", "return_predictions", "weights_only")
     lists: dict[str, list[str]] = {}
     rest: list[Override] = []
     for key, value in overrides:

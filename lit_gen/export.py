@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from lit_gen import cli
 from lit_gen.errors import UserError, nearest
+from lit_gen.files import write_tensors
 from lit_gen.run import Run
 
 FORMATS = ("safetensors", "checkpoint")
@@ -32,6 +32,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--format {kind}: {' or '.join(FORMATS)}{nearest(kind, FORMATS)}")
     overrides = [(key, value) for key, value in overrides if key in given]
     run = cli.chosen(files, options, overrides)[-1]
+    if overrides and (code := cli.bind([run], argv)):  # before anything is written
+        return code
 
     from lit_gen.callbacks.checkpoint import newest, whole  # heavy, so only now that the files themselves are in order
     from lit_gen.callbacks.record import provenance
@@ -66,18 +68,11 @@ def write_safetensors(checkpoint: dict[str, Any], folder: Path, about: dict[str,
         folder: where to; it exists.
         about: what else `export.json` says.
     """
-    from safetensors.torch import save_file
-
     average = checkpoint.get("ema", {})
     weights = {**checkpoint["state_dict"], **average}
     path = folder / "weights.safetensors"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # Tied weights are written once per name: safetensors knows no shared memory.
-        save_file({name: weight.clone().contiguous() for name, weight in weights.items()}, temporary, {"format": "pt"})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Tied weights are written once per name: safetensors knows no shared memory.
+    write_tensors(path, {name: weight.clone().contiguous() for name, weight in weights.items()}, {"format": "pt"})
     about = {
         **about,
         "step": checkpoint["global_step"],

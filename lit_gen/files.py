@@ -1,15 +1,19 @@
-"""Small files that are whole or absent, whatever ends the process or the machine."""
+"""Files that are whole or absent, whatever ends the process or the machine."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lit_gen.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 try:
     import fcntl
@@ -29,6 +33,23 @@ def write_whole(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whose earlier content stays until the new one is whole, and which those may read who may
+    read other new files (safetensors' own are for their owner alone)."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    ordinary = temporary.with_suffix(".mode")
+    try:
+        save_file(tensors, temporary, about)
+        ordinary.touch()
+        shutil.copymode(ordinary, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        ordinary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:

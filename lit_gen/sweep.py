@@ -114,7 +114,12 @@ def main(argv: list[str]) -> int:
     args, overrides = parser.parse_known_args(argv)
     # Not left among the settings of each run: all of them would share one folder, or lie where nobody looks for them.
     own = {key: value for key in ("experiment", "run_root") if (value := getattr(args, key)) is not None}
-    sweep = read(args.config, args.smoke, own)
+    from lit_gen import cli
+
+    _, _, settings = cli.parse(overrides)
+    if any(key == "seed_everything" for key, _ in settings):
+        raise UserError("a sweep has seeds of its own: write others into `sweep.seeds`, or choose of them by --seed")
+    sweep = read(args.config, args.smoke, own, settings)
     cells = [
         cell
         for cell in sweep.cells
@@ -122,6 +127,9 @@ def main(argv: list[str]) -> int:
     ]
     for arm in args.arm or ():
         sweep.of(arm)  # says what is wrong with its name
+    seeds = sorted({cell.seed for cell in sweep.cells})
+    if absent := [seed for seed in args.seed or () if seed not in seeds]:
+        raise UserError(f"{sweep.name}: there is no seed {absent[0]}, only {', '.join(map(str, seeds))}")
     if not args.report:
         part = share(cells, Task.parse(args.task) if args.task else Task.of_array())
         for number, cell in enumerate(part, 1):
@@ -297,7 +305,8 @@ def run(cell: Cell, overrides: list[str], smoke: bool) -> int:
     from lit_gen import cli
 
     common = ["-c", str(cell.file), *overrides, *(["--smoke"] if smoke else [])]
-    waiting = [run for run in cell.runs if not run.done.is_file()]
+    # Also with what was finished with other settings, which `fit` then refuses.
+    waiting = [run for run in cell.runs if not run.done.is_file() or run.changes()]
     if waiting and (code := cli.main(["fit", *common])):
         return code
     for stage in cell.tested:
@@ -307,6 +316,11 @@ def run(cell: Cell, overrides: list[str], smoke: bool) -> int:
             return 0  # paused: the next command continues
         if code := cli.main(["test", *common, *(["--stage", stage] if stage else [])]):
             return code
+        if not is_tested(cell.folder(stage)):
+            raise UserError(
+                f"{cell.folder(stage)}: its test gave no scores, and a sweep is there to compare them; the method "
+                "judges nothing with these settings"
+            )
     return 0
 
 

@@ -70,6 +70,8 @@ PROBLEMS: list[tuple[dict[str, str], int, str]] = [
     ({"batch_size": "17"}, 7, "fewer than one step of 17"),
     ({"batch_size": "5", "trainer": ", devices: 2, accumulate_grad_batches: 2"}, 7, "fewer than one step of 20"),
     ({"interval": "5"}, 1, "check_val_every_n_epoch"),
+    ({"train": "'s3://b/{{0..3}}.tar'"}, 7, "s3:// is not read directly"),
+    ({"init_from": "last.ckpt"}, 12, "names last.ckpt"),
     ({"reads": "sets/none.txt"}, 4, "no `none.txt` in sets"),
     ({"init_from": "sets/last.ckpt"}, 12, "sets/last.ckpt"),
     ({"trainer": ", max_time: soon"}, 1, "HH:MM:SS"),
@@ -133,7 +135,7 @@ def test_problems_of_every_kind_come_together(sets: Path, lit_gen: Command, caps
 
 def test_one_sample_of_each_set_is_opened(sets: Path, lit_gen: Command, capsys: pytest.CaptureFixture[str]) -> None:
     folder = build("sets/small.yaml")
-    sets.write_text(STYLED.format(**GOOD))
+    sets.write_text(STYLED.format(**GOOD | {"train": str(folder)}))
     assert lit_gen("check", "-c", "a.yaml") == 0
     capsys.readouterr()
 
@@ -142,11 +144,11 @@ def test_one_sample_of_each_set_is_opened(sets: Path, lit_gen: Command, capsys: 
     write_index(folder, "style", [shard], json.loads((folder / "index.json").read_text())["description"])
     assert lit_gen("check", "-c", "a.yaml") == 2
     err = capsys.readouterr().err
-    assert "a.yaml:7: sets/small.yaml: 000000.tar/a cannot be read: .png of 4 bytes" in err
+    assert f"a.yaml:7: {folder}: 000000.tar/a cannot be read: .png of 4 bytes" in err
 
     (folder / "000000.tar").unlink()
     assert lit_gen("check", "-c", "a.yaml") == 2
-    assert "a.yaml:7: sets/small.yaml: shard" in capsys.readouterr().err
+    assert f"a.yaml:7: {folder}: shard" in capsys.readouterr().err
 
 
 def test_a_set_that_is_yet_to_be_built_is_tried_too(
@@ -158,6 +160,34 @@ def test_a_set_that_is_yet_to_be_built_is_tried_too(
     err = capsys.readouterr().err
     assert "a.yaml:7: sets/clips.yaml: 000000.tar/00000000 cannot be read: the video has 8 frames, 99 are needed" in err
     assert not Path("sets/shards").exists()
+
+
+def test_a_set_whose_file_has_changed_is_judged_by_the_file(
+    sets: Path, lit_gen: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build("sets/small.yaml")
+    Path("sets/small.yaml").write_text("kind: style\nrecipe: styled\nsplit: train\ncount: 40\n")
+    sets.write_text(STYLED.format(**GOOD | {"batch_size": "20", "interval": "2"}))
+    assert lit_gen("check", "-c", "a.yaml") == 0
+    assert "sets/small.yaml (40 samples, to be built)" in capsys.readouterr().out
+
+
+def test_faults_of_a_sample_or_a_step_are_told(
+    sets: Path, lit_gen: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise IndexError("tuple index\nout of range")
+
+    sets.write_text(STYLED.format(**GOOD))
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_gen.check.training.activations", fail)
+        assert lit_gen("check", "-c", "a.yaml") == 0
+    told = capsys.readouterr().out
+    assert "a training step on shapes alone fails (IndexError: tuple index out of range)" in told
+    monkeypatch.setattr("lit_gen.check.data.first_sample", fail)
+    assert lit_gen("check", "-c", "a.yaml") == 2
+    said = "a.yaml:7: sets/small.yaml: its first sample cannot be made: IndexError: tuple index out of range"
+    assert said in capsys.readouterr().err
 
 
 def test_a_cache_must_be_there_and_fit(sets: Path, lit_gen: Command, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,10 @@ def test_switches_can_be_switched_off() -> None:
     assert cli.parse(["--fresh", "--smoke=true"])[1] == {"fresh": True, "smoke": True}
     with pytest.raises(UserError, match="--fresh is true or false, not `never`"):
         cli.parse(["--fresh=never"])
+    assert cli.parse(["--validate_first", "-c", "x.yaml", "--a", "-1"])[::2] == (
+        ["x.yaml"],
+        [("validate_first", None), ("a", "-1")],
+    )
 
 
 def test_print_config_is_a_config(lit_gen: Command, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:

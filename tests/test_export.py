@@ -24,6 +24,9 @@ def test_weights_of_the_last_stage_or_a_named_one(
     assert lit_gen("fit", "-c", "toy.yaml") == 0
     assert lit_gen("export", "-c", "toy.yaml") == 0
     assert lit_gen("export", "-c", "toy.yaml", "--stage", "one", "--out", "here") == 0
+    assert Path("here/weights.safetensors").stat().st_mode == Path("here/export.json").stat().st_mode
+    assert lit_gen("export", "-c", "toy.yaml", "--ouput", "there") == 2  # before anything is written
+    assert "ouput" in capsys.readouterr().err and not Path("there").exists()
     for stage, folder in (("two", Path("runs/toy/two/export")), ("one", Path("here"))):
         saved = read_checkpoint(f"runs/toy/{stage}/checkpoints/last.ckpt")["state_dict"]
         weights = load_file(folder / "weights.safetensors")

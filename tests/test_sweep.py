@@ -115,6 +115,27 @@ def test_an_interrupted_sweep_reports_what_there_is(lit_gen: Command, arms: str,
     assert "the report waits" in capsys.readouterr().out and not Path("results").exists()
     with pytest.raises(UserError, match="no arm `slw`, did you mean `slow`"):
         sweep.main(["-c", arms, "--arm", "slw"])
+    with pytest.raises(UserError, match="no seed 7, only 0, 1, 2"):
+        sweep.main(["-c", arms, "--seed", "7"])
+    with pytest.raises(UserError, match="a sweep has seeds of its own"):
+        sweep.main(["-c", arms, "--seed_everything", "7"])
+
+
+def test_arms_that_have_changed_since_are_refused(
+    lit_gen: Command, arms: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else their report would be of the settings that they had."""
+    one = ("sweep", "-c", arms, "--arm", "slow", "--seed", "0")
+    assert lit_gen(*one) == lit_gen(*one) == 0
+    for words, said in (
+        (("--model.sgd.lrr", "0.5"), "did you mean `lr`"),
+        (("--model.sgd.lr", "0.5"), "is finished with other settings (model.init_args.sgd.lr: 0.0001 -> 0.5)"),
+        ((), "is finished with other settings (model.init_args.sgd.lr: 0.0001 -> 0.0002)"),
+    ):
+        if not words:
+            Path(arms).write_text((TOY + SWEEP).replace("lr: 0.0001", "lr: 0.0002"))
+        assert lit_gen(*one, *words) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_intervals_cover_the_mean_and_pair_what_belongs_together() -> None:

@@ -155,7 +155,9 @@ def _check_paths(report: Report, settings: dict[str, Any], runs: list[Run]) -> N
     """Texts that can only be meant as paths, and lead nowhere."""
     coming = {str(other.last) for other in runs}
     for path, text in _texts(settings):
-        if path[-1] in WRITTEN or text in coming or "/" not in text or re.search(r"[{*?\s:]", text):
+        if path[-1] in WRITTEN or text in coming or re.search(r"[{*?\s:]", text):
+            continue
+        if "/" not in text and path[0] not in ("init_from", "ckpt_path"):
             continue
         if path[0] == "data" and path[-1] in SPLITS:  # sets of shards, which can be built
             continue

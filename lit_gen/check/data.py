@@ -16,12 +16,12 @@ from lit_gen.check.report import Report, described, made
 from lit_gen.check.size import build
 from lit_gen.classes import resolve
 from lit_gen.data import encoded
-from lit_gen.data.build import first_sample
+from lit_gen.data.build import first_sample, source_fingerprint, what_changed
 from lit_gen.data.decode import decode
 from lit_gen.data.loader import collate
 from lit_gen.data.module import Shards
 from lit_gen.data.random_batches import RandomData
-from lit_gen.data.remote import is_remote
+from lit_gen.data.remote import check_scheme, is_remote
 from lit_gen.data.sets import SetFile
 from lit_gen.data.shards import INDEX, BadSample, ShardSet
 from lit_gen.errors import ShardError, UserError
@@ -63,6 +63,9 @@ def _check_sets(report: Report, settings: dict[str, Any], place: Path) -> dict[s
                 count, state, shards = _open(report, where, source, cls, place)
             except UserError as error:
                 report.problem(where, str(error))
+                continue
+            except Exception as error:  # in making the first sample
+                report.problem(where, f"{source}: its first sample cannot be made: {described(error)}")
                 continue
             if split == "train" and module is not None:
                 told.append(f"{source} ({count} samples{state}), " + _steps(report, where, trainer, count, module))
@@ -118,9 +121,10 @@ def _open(
     if Path(source).suffix in (".yaml", ".yml") and not is_remote(source):
         described = SetFile.read(source)
         _require_kind(source, described.kind, cls)
-        if not described.folder.is_dir():
+        if what_changed(described, source_fingerprint(described)) is not None:
             return described.count, ", to be built", first_sample(described, Path(tempfile.mkdtemp(dir=place)))
     elif source.startswith("pipe:") or (is_remote(source) and ".tar" in source):
+        check_scheme(source)
         # A command may do anything, and counting the samples of a tar takes the whole of it.
         report.note(where, f"{source} is fetched and counted when the run starts; it was not opened")
         return 0, ", not counted", None

@@ -94,7 +94,7 @@ def _leave_out(node: dict[str, Any], place: KeyPath) -> bool:
 
 def described(error: Exception) -> str:
     """An error that nobody meant for a user, in one line."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def bytes_of(number: float) -> str:

@@ -12,6 +12,11 @@ import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 
 from lit_gen.callbacks.checkpoint import Checkpoint
 from lit_gen.callbacks.ema import EMA
@@ -30,6 +35,7 @@ LIMITS = (
     "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches", "val_check_interval",
     "gradient_clip_algorithm", "reload_dataloaders_every_n_epochs",
 )  # fmt: skip
+BEYOND_SHAPES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 TO_FETCH = "hf download"  # what the message about a model that is not on this machine says
 
 
@@ -84,7 +90,7 @@ def _check_limits(report: Report, trainer: dict[str, Any]) -> None:
 
 def _check_devices(report: Report, trainer: dict[str, Any]) -> None:
     devices, accelerator = trainer["devices"], trainer["accelerator"]
-    if not re.fullmatch(r"auto|-1|[1-9]\d*|\[?\d+(, ?\d+)*,?\]?", str(devices)) or (
+    if not re.fullmatch(r"auto|-1|[1-9]\d*|\[\d+(, ?\d+)*,?\]|\d+(, ?\d+)*,|\d+(, ?\d+)+", str(devices)) or (
         accelerator == "cpu" and not (devices == "auto" or (str(devices).isdigit() and int(devices) > 0))
     ):
         told = "a number or auto" if accelerator == "cpu" else "a number, a list of them such as [0, 2], or auto"
@@ -134,8 +140,10 @@ def check_model(report: Report, settings: dict[str, Any], batch: dict[str, Any] 
         # A step on shapes takes most of the time; of an arm nothing is told but that a GPU here is too small.
         if batch is not None and (not is_arm or torch.cuda.is_available()):
             size.activations = activations(model, batch, trainer["precision"])
-    except Exception as error:  # whatever a step needs beyond shapes
+    except Exception as error:  # whatever a step needs beyond shapes, or a fault that real data would meet too
         why = described(error)
+        if not isinstance(error, BEYOND_SHAPES) and "not attached to a `Trainer`" not in why:
+            report.note(("model",), f"a training step on shapes alone fails ({why}); see whether `fit --smoke` does")
     _tell(report, settings, size, strategy, why)
 
 

@@ -68,7 +68,7 @@ def build(
         if force:
             shutil.rmtree(job.building, ignore_errors=True)
             return False
-        stale = _what_changed(description, source)
+        stale = what_changed(description, source)
         if stale:
             print(f"data: {description.path}: {stale}; building {folder} again", file=sys.stderr)
         return stale is None
@@ -151,7 +151,7 @@ def _useful(devices: list[str], description: SetFile) -> list[str]:
     return devices if pictures >= (1000 if devices[0] == "cpu" else 50_000) else devices[:1]
 
 
-def _what_changed(description: SetFile, source: str) -> str | None:
+def what_changed(description: SetFile, source: str) -> str | None:
     """Why the built set cannot be used; "" when there is none yet, None when it is current."""
     try:
         index = json.loads((description.folder / INDEX).read_text())

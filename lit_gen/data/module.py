@@ -313,8 +313,8 @@ class ImagesAndVideos(L.LightningDataModule):
             seed: of the choice.
         """
         super().__init__()
-        if not 0 <= image_probability <= 1:
-            raise UserError(f"`image_probability` must be from 0 to 1, not {image_probability}")
+        if not 0 <= image_probability < 1:
+            raise UserError(f"`image_probability` must be at least 0 and below 1, not {image_probability}")
         self.images, self.videos, self.image_probability, self.seed = images, videos, image_probability, seed
 
     def prepare_data(self) -> None:

@@ -148,7 +148,9 @@ def _media(folder: Path) -> tuple[str, list[str], list[str]]:
     found: dict[str, list[str]] = {kind: [] for kind in _KINDS}
     uncaptioned: list[str] = []
     others: Counter[str] = Counter()  # extensions of pictures and videos that the loader does not decode
-    for root, _, files in os.walk(folder):  # which asks nothing of each file: there may be millions
+    links: list[str] = []  # to folders
+    for root, folders, files in os.walk(folder):  # which asks nothing of each file: there may be millions
+        links += [link for name in folders if os.path.islink(link := os.path.join(root, name))]
         beside, below = set(files), os.path.relpath(root, folder)
         for file in files:
             stem, extension = os.path.splitext(file)
@@ -161,6 +163,8 @@ def _media(folder: Path) -> tuple[str, list[str], list[str]]:
             found[kind].append(name)
             if f"{stem}.txt" not in beside:
                 uncaptioned.append(name)
+    if links:
+        logger.warning("data: %s: links to folders are not followed, e.g. %s (%d)", folder, links[0], len(links))
     if others:
         told = ", ".join(f"{count} {extension}" for extension, count in others.most_common())
         logger.warning("data: %s: left out, of formats that are not read: %s", folder, told)
@@ -220,6 +224,11 @@ def _rows(table: Path) -> Iterator[tuple[int, str, str]]:
             for row in reader:
                 if not row[file_column]:
                     raise ShardError(f"{table}:{reader.line_num}: the row names no file")
+                if None in row:
+                    raise ShardError(
+                        f"{table}:{reader.line_num}: the row has more cells than the header; a caption with commas "
+                        "stands in double quotes"
+                    )
                 yield reader.line_num, row[file_column], (row[caption_column] or "").strip()
         except UnicodeDecodeError as error:
             raise ShardError(

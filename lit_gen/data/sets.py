@@ -80,7 +80,12 @@ class SetFile:
         if not re.fullmatch(r"\w[\w.+-]*", str(content["name"])):  # building replaces the folder of this name
             raise ShardError(f"{path}: name must be a plain name of a folder, not {content['name']!r}")
         content.pop("description", None)
-        return _checked(SetFile, content, str(path), path=path, captions=captions)
+        found = _checked(SetFile, content, str(path), path=path, captions=captions)
+        if found.kind == "videos" and found.frames < 2:
+            raise ShardError(f"{path}: frames must be at least 2 for videos, not {found.frames}")
+        if found.mp4 == "ordinary" and found.size % 2:  # their colours are stored at half the size
+            raise ShardError(f"{path}: size must be even for mp4: ordinary, not {found.size}")
+        return found
 
 
 def _checked(cls: type, content: dict, where: str, **given):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from lit_gen.diffusion.attention import cross_attentions
@@ -18,6 +18,7 @@ from lit_gen.diffusion.original_layout import read_weights, require_same
 from lit_gen.diffusion.style_adapter import Adapter, StyleAdapter
 from lit_gen.diffusion.videocrafter import VideoUNet
 from lit_gen.errors import UserError
+from lit_gen.files import write_tensors
 from lit_gen.methods.stylecrafter_weights import read_adapter, released_size, write_adapter, write_temporal
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def save_adapter(folder: Path, adapter: StyleAdapter, size: Adapter, base: Any) 
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     state = {name: weight.detach().cpu().contiguous().clone() for name, weight in adapter.state_dict().items()}
-    save_file(state, folder / WEIGHTS, {"format": "pt"})
+    write_tensors(folder / WEIGHTS, state, {"format": "pt"})
 
 
 def size_of(path: str | None, given: Adapter) -> Adapter:

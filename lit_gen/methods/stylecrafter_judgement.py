@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_gen.callbacks.samples import contact_sheet
 from lit_gen.data.facts import scenes_from_facts
+from lit_gen.errors import UserError
 from lit_gen.methods.style_transfer import (
     ClipScores,
     PictureScores,
@@ -51,6 +52,12 @@ class Judgement(nn.Module):
         """Score each prompt in the style of another sample, and the base that is told the nearest style's name."""
         if not self.pictures:
             return
+        known = ["style_parameters" in facts for facts in batch["facts"]]
+        if not all(known):
+            raise UserError(
+                f"{batch['key'][known.index(False)]} is no picture of the world, so that the oracle cannot judge what "
+                "is drawn for it; set model.oracle to null"
+            )
         chosen = partners(batch)
         seeds = [seed_of(key) for key in batch["key"]]
         scenes = scenes_from_facts(batch["facts"]).to(model.device)

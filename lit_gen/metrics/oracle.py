@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_gen.errors import UserError
+from lit_gen.files import write_tensors
 from lit_gen.metrics.network import ImageReader, VideoHead
 from lit_gen.metrics.reading import Reading, VideoReading, decode
 from lit_gen.world import vocabulary as words
@@ -123,7 +124,7 @@ class Oracle(nn.Module):
         config = self.config | {"meaning": _MEANING}
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
-        save_file({k: v.contiguous().cpu() for k, v in state.items()}, folder / "model.safetensors")
+        write_tensors(folder / "model.safetensors", {k: v.contiguous().cpu() for k, v in state.items()})
         return folder
 
     @classmethod

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from lit_gen.files import write_tensors
 
 
 def fingerprint_of(method: Any) -> str:
@@ -110,9 +110,4 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
 def write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
     """Write a safetensors file whose earlier content stays until the new one is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, about)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_tensors(file, tensors, about)

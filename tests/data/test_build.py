@@ -19,6 +19,7 @@ from lit_gen.data.facts import facts_from_scenes, scenes_from_facts
 from lit_gen.data.images import to_tensor
 from lit_gen.data.sets import SetFile
 from lit_gen.data.shards import ShardSet
+from lit_gen.errors import ShardError
 from lit_gen.world.grammar import captions
 from lit_gen.world.render import render, render_video
 from lit_gen.world.sampling import sample
@@ -59,6 +60,18 @@ def test_the_first_sample_is_that_of_the_set(kind, tmp_path):
     build(file, workers=1)
     extensions = {"png", "mp4", "txt", "json"}
     assert one.read(0, extensions) == ShardSet.open(file).read(0, extensions)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"kind": "videos", "recipe": "motion", "frames": 1}, "frames must be at least 2"),
+        ({"kind": "stories", "recipe": "base", "size": 63, "mp4": "ordinary"}, "size must be even"),
+    ],
+)
+def test_what_cannot_be_rendered_is_said_of_the_file(wrong, message, tmp_path):
+    with pytest.raises(ShardError, match=message):
+        SetFile.read(set_file(tmp_path, **wrong))
 
 
 def test_facts_rebuild_the_scenes_exactly():

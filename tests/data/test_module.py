@@ -214,8 +214,9 @@ def test_rules_are_a_word_or_whether_any(gradients, setting, rules):
 
 def test_images_and_videos_come_mixed(folder, tmp_path):
     videos = Videos(train=str(video_set(tmp_path / "clips")), batch_size=2)
-    with pytest.raises(UserError, match="`image_probability` must be from 0 to 1, not 2.0"):
-        ImagesAndVideos(Images(train=str(folder)), videos, image_probability=2.0)
+    for wrong in (-0.5, 1.0):
+        with pytest.raises(UserError, match=f"`image_probability` must be at least 0 and below 1, not {wrong}"):
+            ImagesAndVideos(Images(train=str(folder)), videos, image_probability=wrong)
     data = ImagesAndVideos(Images(train=str(folder), batch_size=4), videos, image_probability=0.5, seed=1)
     kinds = ["image" if "image" in batch else "video" for _ in range(5) for batch in data.train_dataloader()]
     assert {"image", "video"} == set(kinds) and len(data.train_dataloader()) == 6

@@ -95,6 +95,8 @@ def test_rows_of_a_csv_are_held_against_the_files(folder, tmp_path, caplog):
     fails(folder, out, r"captions.csv is not a text in UTF-8", table)
     table.write_text(f'file,caption\na.png,"{"long " * 30000}"\n')
     fails(folder, out, r"captions.csv:\d+: field larger", table)
+    table.write_text(f"file,caption\n{rows}a.png,a cat, sitting\n")
+    fails(folder, out, r"captions.csv:6: the row has more cells than the header", table)
     table.write_text(f"file,caption\n{rows}a.png\n")
     assert pack(folder, out, table) == out
     assert "1 of 5 captions are empty, the first is that of a.png" in caplog.text
@@ -105,6 +107,12 @@ def test_files_of_other_formats_are_counted(folder, tmp_path, caplog):
         (folder / name).write_bytes(b"")
     pack(folder, tmp_path / "out")
     assert "of formats that are not read: 2 .gif, 1 .bmp" in caplog.text
+
+
+def test_links_to_folders_are_told(folder, tmp_path, caplog):
+    (folder / "more").symlink_to(tmp_path)
+    pack(folder, tmp_path / "out")
+    assert "links to folders are not followed, e.g." in caplog.text and "more (1)" in caplog.text
 
 
 @pytest.mark.parametrize("words", ["--samples-per-shard=0", "--samples-per-shard=-5", "--workers=-1"])

@@ -1,5 +1,7 @@
 """StyleCrafter's options: ablations, the released code's deviations, dropped conditions; and what is frozen."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from lit_gen.diffusion.image_prompt import encode_image
 from lit_gen.diffusion.style_adapter import Adapter
 from lit_gen.errors import UserError
 from lit_gen.methods.stylecrafter import StyleCrafter
-from lit_gen.methods.stylecrafter_judgement import random_view
+from lit_gen.methods.stylecrafter_judgement import Judgement, random_view
 
 SIZE = Adapter(tokens=3, extractor_layers=1, predictor_layers=1, heads=2)
 PROMPTS = ["a red ball", "a blue cube", "a cone"]
@@ -31,6 +33,12 @@ def cached(stage="adapter"):
     if stage == "temporal":
         return text | {"posterior": torch.rand(2, 3, 2, 8, 16, 16, generator=generator), "video": pictures(2, 3)}
     return text | {"posterior": torch.rand(2, 2, 8, 16, 16, generator=generator), "style": pictures(2)}
+
+
+def test_the_oracle_judges_only_pictures_of_the_world():
+    judgement = Judgement("adapter", str(Path(__file__).parents[2] / "data/oracle"))
+    with pytest.raises(UserError, match="shard/b is no picture of the world.*set model.oracle to null"):
+        judgement.judge_pictures(None, {"key": ["shard/b"], "facts": [{"photographer": "me"}]})
 
 
 # -- the paper's ablations --------------------------------------------------------------------------------------------
