@@ -8,10 +8,12 @@ from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lit_gen.data import encoded
 from lit_gen.data.build import build
+from lit_gen.data.decode import encode_video
 from lit_gen.data.module import StyledImages
 from lit_gen.data.shards import ShardSet
 from lit_gen.data.write import write_index, write_tar
@@ -149,6 +151,22 @@ def test_one_sample_of_each_set_is_opened(sets: Path, lit_gen: Command, capsys: 
     (folder / "000000.tar").unlink()
     assert lit_gen("check", "-c", "a.yaml") == 2
     assert f"a.yaml:7: {folder}: shard" in capsys.readouterr().err
+
+
+def test_samples_that_do_not_go_into_one_batch_are_told(
+    sets: Path, lit_gen: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def clip(frames: int) -> dict[str, str | bytes]:
+        pixels = np.zeros((frames, 16, 16, 3), np.uint8)
+        return {"__key__": f"clip{frames}", "mp4": encode_video(pixels), "txt": b"a"}
+
+    (sets.parent / "own").mkdir()
+    write_index(Path("own"), "videos", [write_tar(Path("own/000000.tar"), [clip(3)] * 15 + [clip(5)])], {})
+    for batch_size, code in ((4, 2), (1, 0)):
+        text = STYLED.format(**GOOD | {"train": "own", "batch_size": batch_size})
+        sets.write_text(text.replace("StyledImages", "Videos").replace(" val: sets/small.yaml,", ""))
+        assert lit_gen("check", "-c", "a.yaml") == code
+    assert "a.yaml:7: samples differ in the shape of video" in capsys.readouterr().err
 
 
 def test_a_set_that_is_yet_to_be_built_is_tried_too(

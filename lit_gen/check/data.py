@@ -197,6 +197,8 @@ def _check_samples(
             decoded = {extension: decode(extension, data) for extension, data in members.items()}
             sample = module.transform(shards, split == "train")(decoded | {"key": name}, np.random.default_rng(0))
             made = made or sample
+            if (module.batch_size if split == "train" else module.val_batch_size) > 1:
+                collate([made, sample])
         except BadSample as error:
             report.problem(where, f"{shards.source}: {name} cannot be read: {error}")
         except UserError as error:
