@@ -185,7 +185,9 @@ class Window(L.Callback):
         seconds, (_, steps, samples, flops, waited) = sum(self.seconds), self.done
         world = trainer.world_size
         peak = self._speed.peak_tflops
-        low, *_, high = statistics.quantiles(self.milliseconds, n=10) if len(self.milliseconds) > 1 else [UNKNOWN] * 2
+        low = high = UNKNOWN
+        if len(self.milliseconds) > 1:
+            low, *_, high = statistics.quantiles(self.milliseconds, n=10, method="inclusive")
         figures = {
             "samples_per_second": samples * world / seconds,
             "samples_per_second_per_device": samples / seconds,

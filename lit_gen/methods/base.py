@@ -123,7 +123,11 @@ class Method(L.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: settings.factor(s, self.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any
+    ) -> None:
+        if gradient_clip_val is not None:
+            raise UserError("trainer.gradient_clip_val does nothing here; set model.optimizer.clip_norm")
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return  # its engine clips, over the gradients of all processes
         # Not Lightning's own clipping: it refuses fused optimizers under mixed precision, since under "16-mixed" it

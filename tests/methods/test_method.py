@@ -166,6 +166,11 @@ def test_gradients_are_clipped_at_their_own_scale(fused: bool, tmp_path: Path, m
     assert seen.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
+def test_a_clipping_that_would_not_happen_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="gradient_clip_val does nothing here; set model.optimizer.clip_norm"):
+        fit(Line(), tmp_path, 1, gradient_clip_val=1.0)
+
+
 def test_a_loaded_optimizer_lies_in_memory_as_the_weights_do() -> None:
     def step(weight: torch.Tensor, loaded: dict | None) -> tuple[torch.Tensor, dict]:
         model = Line()
