@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import re
 import signal
@@ -173,6 +174,7 @@ def die_with_parent() -> None:
         return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    parent = os.environ.pop("LIT_GEN_PARENT", None)
-    if os.getppid() != int(parent) if parent else os.getppid() == 1:  # it died before we asked
+    started_by = multiprocessing.parent_process()  # of a worker; a container's first process may have some
+    parent = os.environ.pop("LIT_GEN_PARENT", None) or getattr(started_by, "pid", None)
+    if parent is not None and os.getppid() != int(parent):  # it died before we asked
         os.kill(os.getpid(), signal.SIGKILL)

@@ -251,7 +251,7 @@ def is_whole(path: Path) -> bool:
             return False
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # what is damaged raises nearly anything: UnicodeDecodeError, zlib.error, EOFError…
         return False
 
 
@@ -286,8 +286,10 @@ def _recount(trainer: L.Trainer, before: int) -> None:
     """Turn the batches of this epoch that `before` processes have made into those that the present ones would have."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     current = progress.current
-    ready = current.ready * before // trainer.world_size
-    ready = trainer.num_training_batches if progress.is_last_batch else ready
+    batches, steps_of = trainer.num_training_batches, trainer.accumulate_grad_batches
+    # At least a batch is left of an epoch that is not over, and a step begins with the first of its batches.
+    ready = int(min(current.ready * before // trainer.world_size, batches - 1)) // steps_of * steps_of
+    ready = batches if progress.is_last_batch else ready
     current.completed += ready - current.ready
     current.ready = current.started = current.processed = ready
 

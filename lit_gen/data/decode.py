@@ -57,10 +57,15 @@ def read_video(data: bytes) -> np.ndarray:
         for frame in container.decode(stream):
             if frame.is_corrupt:  # what is missing was made up by the decoder
                 raise ValueError(f"frame {len(frames)} is damaged")
-            frames.append(convert(frame, format="rgb24").to_ndarray())
+            frames.append(upright(convert(frame, format="rgb24").to_ndarray(), getattr(frame, "rotation", 0)))
     if not frames:
         raise ValueError("the video has no frames")
     return np.stack(frames)
+
+
+def upright(pixels: np.ndarray, rotation: int) -> np.ndarray:
+    """A frame H W 3 as its camera was held: `rotation` is how far, in degrees against the clock, it is to be turned."""
+    return np.rot90(pixels, round(rotation / 90))
 
 
 def read_text(data: bytes) -> str:

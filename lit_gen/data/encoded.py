@@ -87,6 +87,7 @@ def fingerprint(part: Any) -> str:
     if part not in _known:
         digest = hashlib.sha256()
         if isinstance(part, nn.Module):
+            digest.update(beside_weights(part).encode())
             for name, weight in sorted(part.state_dict().items()):
                 digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
                 digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -96,6 +97,12 @@ def fingerprint(part: Any) -> str:
             digest.update(json.dumps([own, part.model_max_length], sort_keys=True).encode())
         _known[part] = digest.hexdigest()
     return _known[part]
+
+
+def beside_weights(module: nn.Module) -> str:
+    """What else the features of a module, and of those in it, depend on: the attributes that `depends` names."""
+    told = [str(getattr(m, name)) for m in module.modules() for name in getattr(m, "depends", ())]
+    return " ".join(told)
 
 
 def key_of(described: dict[str, Any]) -> str:

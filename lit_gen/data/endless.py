@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Endless:
-    """Batch numbers 0, 1, …, or always the same `batch`, `length` of them an epoch; resumes within one."""
+    """Batch numbers 0, 1, …, or always the same `batch`, `length` of them an epoch; continues where it was left."""
 
     waited = 0.0  # seconds spent waiting for data: none
 
@@ -18,7 +18,7 @@ class Endless:
         return self.length
 
     def __iter__(self) -> Iterator[Any]:
-        for _ in range(self.length - self.number % self.length):
+        for _ in range(self.length):
             self.number += 1  # before yielding: a checkpoint written during the step counts its batch
             yield self.number - 1 if self.batch is None else self.batch
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from lit_gen.data.decode import CLIPS, converter
+from lit_gen.data.decode import CLIPS, converter, upright
 from lit_gen.data.images import centre_crop
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def read_frames(source: Path | bytes, frames: int) -> np.ndarray:
         with _open(source) as container:
             for number, frame in enumerate(container.decode(container.streams.video[0])):
                 if number in chosen:
-                    kept[number] = convert(frame, format="rgb24").to_ndarray()
+                    pixels = convert(frame, format="rgb24").to_ndarray()
+                    kept[number] = upright(pixels, getattr(frame, "rotation", 0))  # PyAV 14 may not tell
                 if number >= wanted[-1]:
                     break
     except (av.error.FFmpegError, IndexError) as error:

@@ -109,9 +109,10 @@ class Batches(Dataset):
 class ShardLoader:
     """Batches of a set of shards, endless in training, resumed exactly from `state_dict()`.
 
-    Iterating gives the rest of the current epoch (len(loader) batches in all) and continues where it was left. With
-    `shuffle=False` (evaluation) each iteration gives every sample once, in order, identically sized batches on every
-    rank, and a mask `batch["valid"]` (B, bool) that is False for padding and for unreadable samples.
+    Iterating gives len(loader) batches from where it was left; Lightning, which counts them, takes fewer where it
+    continues within an epoch. With `shuffle=False` (evaluation) each iteration gives every sample once, in order,
+    identically sized batches on every rank, and a mask `batch["valid"]` (B, bool) that is False for padding and for
+    unreadable samples.
 
     It has no `batch_sampler`, on purpose: strategies take that for a map-style DataLoader's.
     """
@@ -170,8 +171,7 @@ class ShardLoader:
             for _ in range(len(self)):
                 yield self._next(stream)
             return
-        remaining = len(self) - self.clock // self.global_batch % len(self)
-        for _ in range(remaining):
+        for _ in range(len(self)):
             if self._stream is None:  # workers stay and read ahead across epochs
                 self._stream = self._open(itertools.count(self.clock, self.global_batch))
             try:

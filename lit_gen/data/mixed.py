@@ -22,7 +22,7 @@ class MixedLoader:
         return round(len(self.second) / (1 - self.probability))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for _ in range(len(self) - self.step % len(self)):
+        for _ in range(len(self)):
             loader = self.first if self.takes_first(self.step) else self.second
             # One batch of an endless stream: the loader keeps its place (and its workers) between calls.
             batch = next(iter(loader))

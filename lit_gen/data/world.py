@@ -70,7 +70,7 @@ class Draws:
                 yield {"rows": rows, "draws": draws[rows % self.total]}
             return
         together = self.batch_size * self.world
-        for _ in range(len(self) - self.clock // together % len(self)):
+        for _ in range(len(self)):
             epoch, position = divmod(self.clock, self.total)
             self.clock += together
             parts = [tuple(column[position : position + together] for column in self._epoch(epoch))]

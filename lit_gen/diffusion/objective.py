@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,14 @@ class Schedule(nn.Module):
         self.steps_offset: int = config.steps_offset
         self.final_alpha = 1.0 if config.set_alpha_to_one else float(self.alphas_cumprod[0])
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Schedule:
+        """Move with the network, but stay float32: in bfloat16 the first noise levels are none, and others are one."""
+        exact = self.alphas_cumprod
+        super()._apply(fn, recurse)
+        if not exact.is_meta:
+            self.alphas_cumprod = exact.to(self.alphas_cumprod.device)
+        return self
+
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
 
@@ -47,13 +56,13 @@ class Schedule(nn.Module):
             return [i * (total // steps) + self.steps_offset for i in reversed(range(steps))]
         if self.spacing == "trailing":
             return [round(total - i * total / steps) - 1 for i in range(steps)]
-        return torch.linspace(0, total - 1, steps).round().long().flip(0).tolist()
+        return torch.linspace(0, total - 1, steps, dtype=torch.float32).round().long().flip(0).tolist()
 
     def sample_timesteps(self, count: int, device: torch.device | str, bias: float = 0.0) -> Tensor:
         """Random timesteps [count] with a density proportional to t ** bias; 0 is uniform."""
         if bias == 0:
             return torch.randint(0, len(self), (count,), device=device)
-        t = torch.rand(count, device=device) ** (1 / (1 + bias)) * len(self)
+        t = torch.rand(count, device=device, dtype=torch.float32) ** (1 / (1 + bias)) * len(self)
         return t.long().clamp(max=len(self) - 1)
 
     def clean_weight(self, t: Tensor) -> Tensor:
@@ -73,21 +82,21 @@ class Schedule(nn.Module):
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """z_t [B ...] from z_0 and eps [B ...] at timesteps t [B]."""
         a, s = self._coefficients(t, clean.ndim)
-        return a * clean + s * noise
+        return (a * clean + s * noise).to(clean.dtype)
 
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network is to predict, [B ...]."""
         if self.prediction == "epsilon":
             return noise
         a, s = self._coefficients(t, clean.ndim)
-        return a * noise - s * clean
+        return (a * noise - s * clean).to(clean.dtype)
 
     def split(self, output: Tensor, noisy: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(z_0, eps) that a network output at z_t means, both [B ...]."""
         a, s = self._coefficients(t, noisy.ndim)
         if self.prediction == "epsilon":
-            return (noisy - s * output) / a, output
-        return a * noisy - s * output, a * output + s * noisy
+            return ((noisy - s * output) / a).to(noisy.dtype), output
+        return (a * noisy - s * output).to(noisy.dtype), (a * output + s * noisy).to(noisy.dtype)
 
     def loss(
         self,

@@ -31,6 +31,8 @@ from lit_gen.metrics.oracle import bundled
 from lit_gen.metrics.palette import palette_error
 from lit_gen.metrics.scores import Scores
 
+JUDGED = ("shape", "colour", "pattern")  # by the oracle
+
 
 class OneStep(DistillationMethod):
     """A copy of the base's network that turns noise into a picture of a caption at once.
@@ -157,6 +159,10 @@ class OneStep(DistillationMethod):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         keep = batch.get("valid", torch.ones(len(batch["image"]), dtype=torch.bool)).nonzero()[:, 0].tolist()
         texts, facts, keys = ([batch[name][i] for i in keep] for name in ("caption", "facts", "key"))
+        if not keep:  # padding: other processes have the last samples, and all must log the same
+            for name in JUDGED if self._oracle else ():
+                self.log(name, 0.0, batch_size=0, sync_dist=True)
+            return
         drawn = self.draw(texts, batch_idx)
         self._drawn.append((drawn, batch["image"][keep]))
         if batch_idx == 0:
@@ -164,21 +170,32 @@ class OneStep(DistillationMethod):
         if self._oracle:
             reading = bundled(self._oracle).to(self.device).read(drawn)
             agreement = compare(reading, scenes_from_facts(facts).to(self.device))
-            for name in ("shape", "colour", "pattern"):
+            for name in JUDGED:
                 counted = agreement.counted[name]
                 right = (agreement.right[name] & counted).sum(1) / counted.sum(1)  # nan where nothing counts
                 self.scores.add(keys, **{name: right})
-                if len(right := right[~right.isnan()]):
-                    self.log(name, right.mean(), batch_size=len(right), sync_dist=True)
+                right = right[~right.isnan()]
+                self.log(name, right.mean() if len(right) else 0.0, batch_size=len(right), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        drawn, real = (torch.cat(side) for side in zip(*self._drawn, strict=True))
+        count = sum(len(drawn) for drawn, _ in self._drawn)
+        errors = {"palette error": 0.0, "saturation": 0.0}
+        if count:
+            errors = palette_error(*(torch.cat(side) for side in zip(*self._drawn, strict=True)))
         self._drawn.clear()
-        self.log_dict(palette_error(drawn, real), sync_dist=True)
-        if self._shown:
-            self.log("variety", self._variety(self.draw), sync_dist=True)
-            if self.trainer.testing:  # takes as long as all the rest
-                self.log("variety of the teacher", self._variety(self.draw_by_teacher), sync_dist=True)
+        for name, value in errors.items():
+            self._log_mean(name, value, count)
+        varied = {"variety": self.draw}
+        if self.trainer.testing:  # takes as long as all the rest
+            varied["variety of the teacher"] = self.draw_by_teacher
+        for name, draw in varied.items():
+            self._log_mean(name, self._variety(draw) if self._shown else 0.0, len(self._shown))
+
+    def _log_mean(self, name: str, value: Tensor | float, count: int) -> None:
+        """Log a mean over processes, each of which has it of so many samples; there may be none on some."""
+        sums = torch.tensor([float(value) * count, float(count)], device=self.device)
+        total, number = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        self.log(name, total / number, sync_dist=True)
 
     def _variety(self, draw: Callable[[list[str], int], Tensor]) -> Tensor:
         """Root mean square difference between pictures of the same caption from different noise."""

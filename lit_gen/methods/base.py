@@ -147,6 +147,9 @@ class Method(L.LightningModule):
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.seed_step("validate", batch_idx + 1_000_003 * dataloader_idx)
 
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.on_validation_batch_start(batch, batch_idx, dataloader_idx)
+
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.seed_step("predict", batch_idx + 1_000_003 * dataloader_idx)
 

@@ -12,12 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lit_gen.data.encoded import beside_weights
 from lit_gen.files import write_tensors
 
 
 def fingerprint_of(method: Any) -> str:
     """sha256 of all weights of a dual encoder, frozen ones too, and of how many tokens of a text it reads."""
-    digest = hashlib.sha256(str(method.text_encoder.max_tokens).encode())
+    digest = hashlib.sha256(f"{method.text_encoder.max_tokens} {beside_weights(method)}".encode())
     for name, weight in sorted(nn.Module.state_dict(method).items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

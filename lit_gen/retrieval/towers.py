@@ -110,6 +110,8 @@ class TextTower:
 class FrameEncoder(nn.Module):
     """Frames to a feature each: the class token of a CLIP vision model, and means of parts of the frame."""
 
+    depends = ("cells", "normalisation")  # what a feature depends on beside the weights
+
     def __init__(self, folder: str | None, settings: VideoTower) -> None:
         super().__init__()
         self.cells, self.at_once = settings.cells, settings.frames_at_once
@@ -126,7 +128,7 @@ class FrameEncoder(nn.Module):
         if self.cells and self.grid % self.cells:
             raise UserError(f"video.cells is {self.cells}, which does not divide the {self.grid} patches of a row")
         self.width = config.hidden_size * (1 + self.cells**2)
-        mean, std = normalisation(folder)
+        self.normalisation = mean, std = normalisation(folder)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.frozen = _set_trainable(self.vision, settings.frozen, settings.lora)

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from lit_gen.data.build import build, first_sample
 from lit_gen.data.command import main
 from lit_gen.data.decode import encode_video, read_image, read_video
 from lit_gen.data.facts import facts_from_scenes, scenes_from_facts
+from lit_gen.data.frames import read_frames
 from lit_gen.data.images import to_tensor
 from lit_gen.data.sets import SetFile
 from lit_gen.data.shards import ShardSet
@@ -179,3 +181,15 @@ def test_an_unknown_recipe_is_one_line(tmp_path, capsys):
     assert main(["-c", str(set_file(tmp_path, recipe="stiled")), "--workers", "1"]) == 2
     error = capsys.readouterr().err.strip()
     assert "recipe must be one of base, " in error and "stiled" in error and "\n" not in error
+
+
+def test_a_clip_of_a_phone_is_read_upright():
+    """Cameras that are held upright store what they see lying on its side, and how it is to be turned."""
+    lying = np.zeros((3, 32, 64, 3), np.uint8)
+    lying[:, :, :32] = 255  # what is left of it becomes the top
+    data = bytearray(encode_video(lying, ordinary=True))
+    place = data.index(struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30), data.index(b"tkhd"))
+    data[place : place + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
+    for video in (read_video(bytes(data)), read_frames(bytes(data), 3)):
+        assert video.shape == (3, 64, 32, 3)
+        assert video[:, :30].min() > 240 and video[:, 34:].max() < 15

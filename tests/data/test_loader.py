@@ -1,10 +1,13 @@
 import logging
+from collections import Counter
 
+import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
 from shard_sets import image_set
 
+from lit_gen.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
 from lit_gen.data import images
 from lit_gen.data.decode import decode, encode_image
 from lit_gen.data.images import ImageSample
@@ -87,12 +90,65 @@ def test_resumes_at_any_batch(folder, stop):
     assert take(second, 20 - stop) == straight[stop:]
 
 
-def test_resumed_epoch_has_the_rest_of_its_batches(folder):
-    first = make(folder)
-    take(first, 4)
-    second = make(folder)
-    second.load_state_dict(first.state_dict())
-    assert [len(list(second)) for _ in range(2)] == [3, 7]
+class Counting(L.LightningModule):
+    """Notes the epoch of every batch and of every validation."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.batches, self.validated, self.steps = torch.nn.Linear(1, 1), Counter(), [], []
+
+    def training_step(self, batch, batch_idx):
+        self.batches[self.current_epoch] += 1
+        return self.line(torch.ones(1, 1)).sum()
+
+    def on_before_optimizer_step(self, optimizer):
+        self.steps.append(sum(self.batches.values()))
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(self.current_epoch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def counted(folder, place, batch_size, ckpt=None, callbacks=(), **settings):
+    module = Counting()
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=place,
+        num_sanity_val_steps=0, callbacks=list(callbacks), plugins=[AtomicCheckpointIO()], **settings,
+    )  # fmt: skip
+    trainer.fit(module, make(folder, batch_size), make(folder, 22, shuffle=False), ckpt_path=ckpt)
+    return module
+
+
+def test_epochs_may_be_limited(folder, tmp_path):
+    module = counted(folder, tmp_path, 3, max_epochs=5, limit_train_batches=4, accumulate_grad_batches=2)
+    assert module.batches == {epoch: 4 for epoch in range(5)} and module.validated == list(range(5))
+    assert module.steps == list(range(2, 21, 2))
+
+
+@pytest.mark.parametrize(
+    "batch_size, ranks, done, now, accumulate, rest",
+    [
+        (3, 1, 4, 3, 1, {0: 3, 1: 7}),  # as before
+        (4, 2, 12, 2, 1, {2: 7, 3: 11}),  # two ranks and then one, in the third epoch: 2 of 5 batches are 4 of 11
+        (2, 0.5, 10, 4, 1, {0: 1, 1: 5}),  # one and then two: at least a batch is left of an epoch that is not over
+        (2, 0.5, 6, 4, 2, {0: 3, 1: 5}),  # 3 of 5 batches are done, of which a step takes two
+    ],
+)
+def test_an_epoch_goes_on_with_the_rest_of_its_batches(
+    folder, tmp_path, batch_size, ranks, done, now, accumulate, rest
+):
+    """On one rank in truth, with batches as large as those of several together."""
+    settings = {"accumulate_grad_batches": accumulate}
+    stop = done // accumulate
+    counted(folder, tmp_path, batch_size, max_steps=stop, callbacks=[Checkpoint(every_n_steps=stop)], **settings)
+    saved = torch.load(tmp_path / f"checkpoints/step-{stop:08d}.ckpt", weights_only=True)
+    torch.save(saved | {"world_size": ranks}, tmp_path / "given.ckpt")
+    again = {"max_epochs": max(rest) + 1, "callbacks": [Checkpoint(every_n_steps=10**6)], **settings}
+    module = counted(folder, tmp_path, now, tmp_path / "given.ckpt", **again)
+    assert module.batches == rest and sorted(set(module.validated)) == sorted(rest)
+    assert module.steps[0] == accumulate
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -112,3 +112,21 @@ def test_timesteps_are_drawn_as_often_as_the_bias_says():
         assert t.min() >= 0 and t.max() <= 999
         for quarter in (250, 500, 750):  # the integral of a density that goes with t ** bias
             assert (t < quarter).float().mean() == pytest.approx((quarter / 1000) ** (1 + bias), abs=0.006)
+
+
+def test_half_precision_does_not_reach_the_noise_levels():
+    schedule = Schedule(scheduler())
+    exact = schedule.alphas_cumprod.clone()
+    network = torch.nn.ModuleList([schedule, torch.nn.Linear(1, 1)]).to(torch.bfloat16)
+    assert network[1].weight.dtype == torch.bfloat16
+    assert schedule.alphas_cumprod.dtype == torch.float32 and torch.equal(schedule.alphas_cumprod, exact)
+    clean, t = torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([0, 900])
+    noisy = schedule.add_noise(clean, clean, t)
+    assert noisy.dtype == schedule.target(clean, clean, t).dtype == torch.bfloat16
+    assert all(part.dtype == torch.bfloat16 for part in schedule.split(noisy, noisy, t))
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does around the steps of "bf16-true"
+    try:
+        assert len(schedule.sample_timesteps(4000, "cpu", bias=1.0).unique()) > 700
+        assert max(schedule.timesteps(10)) < len(schedule)
+    finally:
+        torch.set_default_dtype(torch.float32)

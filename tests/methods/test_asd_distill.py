@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,3 +79,23 @@ def test_the_generator_starts_as_the_bases_estimate_and_draws_in_one_pass(tiny_b
     torch.testing.assert_close(drawn, (noise - (1 - abar).sqrt() * own) / abar.sqrt(), atol=1e-4, rtol=1e-4)
     with pytest.raises(UserError, match="noise_level is 1.0"):
         OneStep(str(tiny_base), noise_level=1.0)
+
+
+def test_a_process_that_has_only_padding_logs_what_the_others_do(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they would wait for it: the last batch of an evaluation may be all padding on some."""
+    model = OneStep(str(tiny_base), **SMALL)
+    alone = SimpleNamespace(reduce=lambda sums, reduce_op: sums)
+    model._oracle, model._trainer = "data/oracle", SimpleNamespace(testing=True, strategy=alone)
+    logged: dict[str, int] = {}
+
+    def log(name: str, value: float, batch_size: int = 1, sync_dist: bool = False) -> None:
+        logged[name] = batch_size
+
+    monkeypatch.setattr(model, "log", log)
+    batch = {"image": torch.zeros(2, 3, 32, 32), "caption": ["a", "b"], "facts": [{}, {}], "key": ["a", "b"]}
+    model.validation_step(batch | {"valid": torch.zeros(2, dtype=torch.bool)}, 0)
+    model.on_validation_epoch_end()
+    judged = dict.fromkeys(("shape", "colour", "pattern"), 0)  # of no sample
+    assert logged == judged | dict.fromkeys(("palette error", "saturation", "variety", "variety of the teacher"), 1)

@@ -188,3 +188,15 @@ def test_a_loaded_optimizer_lies_in_memory_as_the_weights_do() -> None:
     turned, _ = step(first.t().contiguous().t(), copy.deepcopy(saved))
     assert not turned.is_contiguous()
     torch.testing.assert_close(turned, straight)
+
+
+def test_what_a_test_draws_depends_on_the_batch_alone(tmp_path: Path) -> None:
+    class Drawing(Line):
+        def test_step(self, batch: list, batch_idx: int) -> None:
+            self.draws.append(torch.rand(1).item())
+
+    model, trainer = Drawing(), L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    for before in (0, 5):
+        torch.rand(before)
+        trainer.test(model, DataLoader(TensorDataset(torch.zeros(3, 2)), batch_size=1), verbose=False)
+    assert model.draws[:3] == model.draws[3:] and len(set(model.draws)) == 3

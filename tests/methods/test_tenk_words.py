@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lit_gen.data.encoded import fingerprint
 from lit_gen.errors import UserError
 from lit_gen.methods.base import Optimizer
 from lit_gen.methods.tenk_words import Objective, TenKWords
@@ -209,3 +210,13 @@ def test_bytes_are_the_pixels_that_they_stand_for(tiny_base: Path) -> None:
     found = model.encode_for_cache({"video": carried})["frame_features"]
     assert torch.equal(found, model.encode_for_cache({"video": to_tensor(pixels)})["frame_features"])
     assert torch.equal(model.embed_videos({"video": carried}), model.embed_videos({"video": to_tensor(pixels)}))
+
+
+def test_features_are_kept_apart_by_what_is_no_weight(tiny_base: Path) -> None:
+    def told(cells: int, mean: float | None = None) -> str:
+        encoder = method(tiny_base, video_tower=VideoTower(cells=cells)).frame_encoder
+        if mean is not None:
+            encoder.normalisation = ([mean] * 3, encoder.normalisation[1])
+        return fingerprint(encoder)
+
+    assert len({told(0), told(2), told(2, 0.1)}) == 3
