@@ -71,10 +71,7 @@ def test_the_same_set_has_one_order_here_and_there(server, folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_set_streams_while_it_is_fetched(server, workers):
     loader = make(f"{server.url}/grey", workers=workers, window=1, batch_size=1)
-    first = next(iter(loader))
-    assert len(first["caption"]) == 1
-    seen = [int(first["caption"][0].split()[1]), *epoch(loader)]
-    assert sorted(seen) == list(range(22))
+    assert sorted(epoch(loader)) == list(range(22))
     assert all(server.fetched(f"{i:06d}.tar") == 1 for i in range(4))  # by whichever process was first
 
 
