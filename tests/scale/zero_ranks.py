@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
+from normed import interrupted, validated_apart
 from pair import run_twice
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader
 
 from lit_gen.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
 from lit_gen.callbacks.ema import EMA
@@ -301,71 +301,6 @@ def one_cannot(folder: Path, base: str) -> dict[str, Any]:
         peers.share = in_files
 
 
-class Normed(L.LightningModule):
-    """A small network with a batch norm, which each process shows samples of its own."""
-
-    def __init__(self, fails: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 2))
-        self.validated: list[float] = []
-        self.fails = fails
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        if self.fails:
-            raise ValueError("bad data")
-        return self.net(batch).square().mean()
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.validated.append(self.net(batch).square().mean().item())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-
-def train_normed(
-    folder: Path, strategy: Any, fails: bool = False, ckpt: Path | None = None
-) -> tuple[L.Trainer, Normed, DataLoader]:
-    """Three steps, the second validated, on the same samples in all processes."""
-    module = Normed(fails)
-    trainer = L.Trainer(
-        accelerator="cpu", devices=WORLD, strategy=strategy, max_steps=3, val_check_interval=2, num_sanity_val_steps=0,
-        default_root_dir=folder, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[EMA(0.5), Checkpoint(every_n_steps=100)], plugins=[AtomicCheckpointIO()],
-    )  # fmt: skip
-
-    def batches(count: int, seed: int) -> DataLoader:
-        generator = torch.Generator().manual_seed(seed)
-        return DataLoader([torch.randn(4, 3, generator=generator) for _ in range(count)], batch_size=None)
-
-    trainer.fit(module, batches(3, RANK), batches(1, 9), ckpt_path=ckpt)
-    return trainer, module, batches(1, 9)
-
-
-def validated_apart(folder: Path, strategy: Callable[[], Any]) -> dict[str, Any]:
-    """What a run that does not end with a validation says when it is validated then, and after it is given again."""
-    figures = []
-    for ckpt in (None, folder / "checkpoints" / "last.ckpt"):
-        trainer, module, validation = train_normed(folder, strategy(), ckpt=ckpt)
-        hooks = len(module._forward_pre_hooks) + len(module._forward_hooks)
-        trainer.validate(module, validation, verbose=False)
-        figures.append(module.validated)
-    return {"figures": figures, "hooks": hooks}
-
-
-def interrupted(folder: Path) -> dict[str, Any]:
-    """The error of a training that fails, with what ZeRO-3 then asks of other processes, which may be anywhere."""
-    from lit_gen.scale import zero as module
-
-    real, module.unshard = module.unshard, lambda *_: sys.exit("it waits for the others")
-    try:
-        train_normed(folder, zero(3), fails=True)
-    except ValueError as error:
-        return {"error": str(error)}
-    finally:
-        module.unshard = real
-
-
 CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "torch's ddp": lambda f, b: train(f, b, "ddp"),
     "ddp": lambda f, b: train(f, b, averaged(), turned=True),
@@ -404,7 +339,7 @@ CASES: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "ddp validated apart": lambda f, b: validated_apart(f, averaged),
     "zero2 validated apart": lambda f, b: validated_apart(f, lambda: zero(2)),
     "zero3 validated apart": lambda f, b: validated_apart(f, lambda: zero(3)),
-    "zero3 interrupted": lambda f, b: interrupted(f),
+    "zero3 interrupted": lambda f, b: interrupted(f, zero(3)),
     "full disk": full_disk,
     "without a gradient": without_a_gradient,
     "one cannot": one_cannot,
